@@ -1,0 +1,42 @@
+# Every target sets up what it needs in .venv by itself (scripts/bootstrap.sh); `make PYTHON=...` names an interpreter.
+SHELL := bash
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test coverage lint format clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+demo: ## steer and capture a small model and write the outputs to out/demo
+	@scripts/bootstrap.sh demo
+	$(BIN)/steer-compile demo
+
+test: ## lint, types and the fast tests (CPU only)
+	@scripts/bootstrap.sh test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not gpu and not slow"
+
+coverage: ## which model architectures of transformers are steered, one line each
+	@scripts/bootstrap.sh hf
+	$(BIN)/steer-compile coverage
+
+lint: ## ruff and mypy alone
+	@scripts/bootstrap.sh test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: ## sort imports, apply safe fixes, format
+	@scripts/bootstrap.sh test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove outputs, caches and build files
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis torch_compile_debug
+	find steer_compile passes kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv

@@ -1,0 +1,215 @@
+"""Dataflow view of a Dynamo FX graph: resolved inputs, users, ancestors and operator names.
+
+A Dynamo graph is not in SSA form: ``x.add_(b)`` changes ``x`` and later nodes may keep reading ``x``. The view
+resolves each read to the node that produced the value it sees, so that passes can reason about values.
+
+Follows traces of torch 2.11 to 2.13 (``inline_inbuilt_nn_modules``, parameters lifted as placeholders).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+VIEW_OPS = frozenset(
+    "view reshape transpose permute unsqueeze squeeze narrow select expand expand_as chunk split unbind flatten "
+    "unflatten t swapaxes swapdims movedim view_as reshape_as getitem detach mT T ravel".split()
+)
+"""Operators whose result shares memory with their first argument."""
+
+MAYBE_ALIAS_OPS = frozenset("to type_as float half bfloat16 double contiguous dropout alpha_dropout identity".split())
+"""Operators that return their argument itself when there is nothing to do."""
+
+_INPLACE_FUNCTIONS = frozenset("iadd isub imul itruediv ipow iand ior ixor imatmul setitem".split())
+
+
+def op_name(node: fx.Node) -> str:
+    """Bare operator name: ``add`` for ``operator.add``, ``torch.add``, ``Tensor.add_`` and ``aten.add.Tensor``."""
+    name = raw_name(node)
+    if name in _INPLACE_FUNCTIONS and name != "setitem":
+        return name[1:]
+    return name.strip("_")
+
+
+def raw_name(node: fx.Node) -> str:
+    """Operator name with its in-place spelling kept."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    name: str = target.__name__ if callable(target) and "__name__" in dir(target) else str(target)
+    return name
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether the node writes its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = raw_name(node)
+    return name in _INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+
+
+def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
+    """Shape of the node's tensor value, or None when the value is not one tensor."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """Dtype of the node's tensor value, or None when the value is not one tensor."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def same_dims(left: Iterable[object], right: Iterable[object]) -> bool:
+    """Equality of two shapes without installing guards: symbolic sizes compare by their expressions."""
+
+    def key(dim: object) -> object:
+        return dim.node.expr if isinstance(dim, torch.SymInt) else dim
+
+    return [key(d) for d in left] == [key(d) for d in right]
+
+
+@dataclass
+class Dataflow:
+    """Resolved reads of one graph. ``order[n]`` is the node's position; ancestor sets are bit masks over positions."""
+
+    nodes: list[fx.Node]
+    order: dict[fx.Node, int]
+    inputs: dict[fx.Node, list[fx.Node]]
+    users: dict[fx.Node, list[fx.Node]]
+    ancestors: list[int]
+    resolved: dict[fx.Node, dict[fx.Node, fx.Node]]
+    """``user -> {argument as written: value it reads}``."""
+    hazards: dict[fx.Node, str] = field(default_factory=dict)
+    """Values that change later through an alias that graph surgery cannot follow."""
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``on`` (strictly)."""
+        return bool(self.ancestors[self.order[node]] >> self.order[on] & 1)
+
+    def region(self, start: fx.Node, stop: fx.Node) -> list[fx.Node]:
+        """Nodes computed from ``start`` and needed by ``stop``, ``stop`` included, in graph order."""
+        low = self.order[start]
+        seen, todo = {stop}, [stop]
+        while todo:
+            for value in self.inputs[todo.pop()]:
+                if value not in seen and self.ancestors[self.order[value]] >> low & 1:
+                    seen.add(value)
+                    todo.append(value)
+        return sorted(seen, key=self.order.__getitem__)
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether the value depends on anything that is not a parameter, a buffer or a constant."""
+        i = self.order[node]
+        return bool((self.ancestors[i] | 1 << i) & self._data_mask)
+
+    _data_mask: int = 0
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether a placeholder or attribute is a parameter or buffer of the model."""
+    if node.op == "get_attr":
+        return True
+    name = str(node.target)
+    return node.op == "placeholder" and ("_parameters_" in name or "_buffers_" in name or name.startswith("p_"))
+
+
+class _Aliases:
+    """Which names mean the same memory, and which node wrote it last."""
+
+    def __init__(self) -> None:
+        self.identity: dict[fx.Node, fx.Node] = {}
+        self.latest: dict[fx.Node, fx.Node] = {}
+        self.base: dict[fx.Node, fx.Node] = {}
+        self.stale: dict[fx.Node, fx.Node] = {}
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        root = self.identity.get(node, node)
+        return self.latest.get(root, node)
+
+    def root(self, node: fx.Node) -> fx.Node:
+        root = self.identity.get(node, node)
+        while root in self.base:
+            root = self.identity.get(self.base[root], self.base[root])
+        return root
+
+    def write(self, node: fx.Node, target: fx.Node) -> bool:
+        """Record that ``node`` wrote ``target``; True when it wrote through a view or hides views made earlier."""
+        root = self.identity.get(target, target)
+        memory = self.root(target)
+        self.identity[node] = root
+        self.latest[root] = node
+        through_view = memory is not root
+        if through_view:
+            self.latest[memory] = node
+        for view in self.base:
+            if view is not root and self.root(view) is memory:
+                self.stale[view] = node
+        return through_view
+
+
+def build_dataflow(graph: fx.Graph) -> Dataflow:
+    """Resolve every read of ``graph``. The graph is not changed."""
+    nodes = list(graph.nodes)
+    order = {n: i for i, n in enumerate(nodes)}
+    flow = Dataflow(nodes, order, {}, {n: [] for n in nodes}, [], {})
+    aliases = _Aliases()
+    for i, node in enumerate(nodes):
+        mask = 0
+        inputs: list[fx.Node] = []
+        for arg in node.all_input_nodes:
+            value = aliases.resolve(arg)
+            if arg in aliases.stale and value is not aliases.stale[arg]:
+                writer = aliases.stale[arg]
+                flow.hazards[value] = f"it is a view whose memory {writer.name} writes before {node.name} reads it"
+                mask |= 1 << order[writer] | flow.ancestors[order[writer]]
+            flow.resolved.setdefault(node, {})[arg] = value
+            if value not in inputs:
+                inputs.append(value)
+                flow.users[value].append(node)
+                mask |= 1 << order[value] | flow.ancestors[order[value]]
+        flow.inputs[node] = inputs
+        flow.ancestors.append(mask)
+        _note_aliases(flow, aliases, node)
+        if node.op == "placeholder" and not is_state(node):
+            flow._data_mask |= 1 << i
+    return flow
+
+
+def _note_aliases(flow: Dataflow, aliases: _Aliases, node: fx.Node) -> None:
+    first = node.args[0] if node.args else None
+    if node.op not in ("call_function", "call_method") or not isinstance(first, fx.Node):
+        return
+    if is_inplace(node):
+        if aliases.write(node, first) or raw_name(node) == "setitem":
+            memory = aliases.root(first)
+            text = f"{node.name} writes part of {memory.name} through a view"
+            flow.hazards[memory] = flow.hazards[node] = text
+        return
+    name = op_name(node)
+    unchanged = name in MAYBE_ALIAS_OPS and dtype_of(node) == dtype_of(first)
+    if name in VIEW_OPS or unchanged:
+        aliases.base[node] = aliases.identity.get(first, first)
+
+
+def module_path(node: fx.Node) -> tuple[str, ...]:
+    """Components of the innermost module that produced the node, root excluded; ``()`` when unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ()
+    path = next(reversed(stack.values()))[0]
+    return tuple(_components(str(path)))
+
+
+def _components(path: str) -> Iterator[str]:
+    if path.startswith("L["):
+        path = path.partition("]")[2]
+    for part in path.replace("[", ".").replace("]", "").split("."):
+        part = part.strip("'\"")
+        if part and part != "_modules":
+            yield part

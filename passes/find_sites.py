@@ -1,0 +1,195 @@
+"""Analysis: which values of a Dynamo graph are the hook points of the residual stream, or why there are none.
+
+::
+
+    gm.graph --build_dataflow--> reads resolved --ResidualGraph--> writes --find_spine--> main chain
+             --group_blocks--> blocks --> Site for each hook with a value, Miss with a reason for each without
+
+Structural: no model class is named. Follows Dynamo graphs of torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from steer_compile.hooks import HOOKS
+from steer_compile.ir import Miss, Site, SiteTable
+from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
+from steer_compile.passes.branch_ends import branch_input
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, shape_of
+from steer_compile.passes.layout import dims_of, layout_of, stem_swapped, swaps_tokens
+from steer_compile.passes.residual import ResidualGraph, Write
+from steer_compile.passes.segments import Segment, segments_of
+from steer_compile.passes.spine import find_spine
+
+_PARALLEL = "the block adds its mixer and its MLP in one write (parallel block); there is no value between them"
+
+
+def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
+    """Sites and misses of the graph. Never raises for an odd graph: it returns misses.
+
+    Args:
+        gm: graph as Dynamo gives it to a backend. Not changed.
+        partial: the graph is one of several of a model, so layers are numbered by their module's index.
+    """
+    flow = build_dataflow(gm.graph)
+    spine = find_spine(ResidualGraph(flow))
+    if spine.reason:
+        return SiteTable(misses=(Miss(None, "*", spine.reason, spine.near),), partial=partial)
+    blocks, loose = group_blocks(flow, spine.writes)
+    hazard = _hazard(flow, spine.writes)
+    if hazard or not blocks:
+        reason = hazard or "the residual writes of this graph belong to no block"
+        return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
+    builder = _Builder(flow, segments_of(flow, spine.writes, blocks))
+    numbers = _numbers(blocks, partial)
+    if numbers is None:
+        reason = "the graph begins inside a block, so its layer number is unknown; remove the graph break in the block"
+        return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
+    for number, block in zip(numbers, blocks, strict=True):
+        builder.add_block(number, block)
+    for branch in loose:
+        builder.misses.append(_loose_miss(branch))
+    return SiteTable(tuple(builder.sites), tuple(builder.misses), tuple(numbers), partial)
+
+
+def _numbers(blocks: list[Block], partial: bool) -> list[int] | None:
+    """Layer numbers: execution order in a whole graph, module indices in a part of one."""
+    if not partial:
+        return list(range(len(blocks)))
+    indices = [int(b.key[-1]) for b in blocks if b.key and b.key[-1].isdigit()]
+    return indices if len(indices) == len(blocks) and len(set(indices)) == len(indices) else None
+
+
+def _hazard(flow: Dataflow, writes: list[Write]) -> str:
+    for write in writes:
+        for value in (*write.path, *write.skip, write.node):
+            if value in flow.hazards:
+                return f"the stream is changed through an alias: {flow.hazards[value]}"
+    return ""
+
+
+def _loose_miss(branch: Branch) -> Miss:
+    where = ".".join(branch.owner) or "no module"
+    return Miss(None, f"write@{branch.write.node.name}", f"a residual write outside of the blocks (in {where})")
+
+
+@dataclass
+class _Builder:
+    """Collects the sites of one block after another."""
+
+    flow: Dataflow
+    segments: dict[int, Segment]
+    sites: list[Site] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    swapped: bool | None = None
+
+    def add_block(self, layer: int, block: Block) -> None:
+        entry, values = self.segments[id(block.first)], [self.segments[id(b.write)] for b in block.branches]
+        self._stream(layer, "pre_attn", entry.entering)
+        leaving = self.segments[id(block.last)].leaving
+        after = [segment.fork_after for segment in values[:-1]] + [leaving]
+        for i, value in enumerate(after):
+            self._stream(layer, f"write_{i}", value)
+        mixers = [i for i, b in enumerate(block.branches) if b.mixing]
+        parallel = next((b for b in block.branches if b.parallel), None)
+        if parallel is not None:
+            self._miss(layer, "post_attn", _PARALLEL, parallel.write.node)
+        elif mixers:
+            self._stream(layer, "post_attn", after[mixers[0]])
+        else:
+            self._miss(layer, "post_attn", "no branch of the block mixes token positions", block.last.node)
+        self._stream(layer, "post_block", leaving)
+        self._branches(layer, block)
+
+    def _branches(self, layer: int, block: Block) -> None:
+        chosen: dict[str, tuple[Branch, Term | None]] = {}
+        for branch in block.branches:
+            terms: list[tuple[bool, Term | None]] = [(bool(branch.mixing), None)]
+            if branch.parallel:
+                terms = [(bool(t.mixing), t) for t in branch.terms]
+            for mixes, term in terms:
+                if branch.write.kind == "skip":
+                    continue
+                if mixes:
+                    chosen.setdefault("attn", (branch, term))
+                else:
+                    chosen["mlp"] = (branch, term)
+        for kind in ("attn", "mlp"):
+            if kind not in chosen:
+                what = "mixes token positions" if kind == "attn" else "is an MLP"
+                for end in ("in", "out"):
+                    self._miss(layer, f"{kind}_{end}", f"no branch of the block {what}", block.last.node)
+                continue
+            branch, term = chosen[kind]
+            self._branch_out(layer, f"{kind}_out", branch, term)
+            self._branch_in(layer, f"{kind}_in", branch, term)
+
+    def _branch_out(self, layer: int, hook: str, branch: Branch, term: Term | None) -> None:
+        write = branch.write
+        if term is None and not write.exact:
+            text = f"{write.node.name} scales or combines the branch while it adds it; no value equals the contribution"
+            self._miss(layer, hook, text, write.node)
+            return
+        node = term.node if term is not None else write.branch[0]
+        self._site(layer, hook, node, None, ())
+
+    def _branch_in(self, layer: int, hook: str, branch: Branch, term: Term | None) -> None:
+        region = term.region if term is not None else branch.region
+        end = branch_input(self.flow, branch.write.fork, region)
+        if end is None:
+            self._miss(layer, hook, "the branch has several inputs; none of them is the whole", branch.write.fork)
+            return
+        inside = set(region)
+        users = tuple(u.name for u in self.flow.users[end] if u in inside)
+        self._site(layer, hook, end, users, ())
+
+    def _stream(self, layer: int, hook: str, node: fx.Node) -> None:
+        skips = tuple(n.name for n in self._skip_readers(node))
+        self._site(layer, hook, node, None, skips)
+
+    def _skip_readers(self, node: fx.Node) -> list[fx.Node]:
+        """Reads of the value on the next skip path."""
+        readers = []
+        for segment in self.segments.values():
+            chain = segment.skip_chain
+            if node in chain[:-1]:
+                readers.append(chain[chain.index(node) + 1])
+        return readers
+
+    def _site(self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...]) -> None:
+        dims, dtype = dims_of(node), dtype_of(node)
+        if self.swapped is None:
+            self.swapped = stem_swapped(self.flow, self.sites_entry())
+        layout = layout_of(node, self._swapped_at(node))
+        if not layout or dtype is None or not isinstance(dims[-1], int):
+            shape = ", ".join(str(d) for d in dims)
+            self._miss(layer, hook, f"value {node.name} has shape ({shape}); tokens in front and a fixed width are needed", node)
+            return
+        self.sites.append(Site(layer, hook, node.name, dims[-1], dtype, dims[:-1], layout, users, skips))
+
+    def sites_entry(self) -> fx.Node:
+        return next(iter(self.segments.values())).entering
+
+    def _swapped_at(self, node: fx.Node) -> bool:
+        swapped = bool(self.swapped)
+        order = self.flow.order[node]
+        for segment in self.segments.values():
+            for value in segment.skip_chain:
+                if self.flow.order[value] <= order and swaps_tokens(value) and segment.counts(value):
+                    swapped = not swapped
+        return swapped
+
+    def _miss(self, layer: int, hook: str, reason: str, near: fx.Node) -> None:
+        if not any(m.layer == layer and m.hook == hook for m in self.misses):
+            self.misses.append(Miss(layer, hook, reason, (near.name,)))
+
+
+def graph_hooks() -> tuple[str, ...]:
+    """Hooks that every block is asked for."""
+    return HOOKS
+
+
+__all__ = ["find_sites", "graph_hooks", "module_path", "shape_of"]

@@ -1,0 +1,126 @@
+"""Spec + SiteTable -> Plan: which operation at which site over which slot of which backing tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from steer_compile.errors import LoweringError, SiteNotFound
+from steer_compile.hooks import is_stream_hook
+from steer_compile.ir import Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
+from steer_compile.spec import RESERVED_ROWS, HookSelection, SteerSpec
+
+
+def resolve_layers(selection: HookSelection, table: SiteTable) -> tuple[int, ...]:
+    """Layer numbers that a selection means in this graph; negative ones count from the last layer."""
+    if selection.layers == "all":
+        return table.layers
+    count = max(table.layers, default=-1) + 1
+    return tuple(layer + count if layer < 0 else layer for layer in selection.layers if isinstance(layer, int))
+
+
+def select_sites(selection: HookSelection, table: SiteTable) -> list[Site]:
+    """Sites of one selection.
+
+    Raises:
+        SiteNotFound: a layer that was asked for by number has no such site, or no layer has one. Parts of a model
+            (graph breaks) may lack layers: the runtime asks for them after the whole model ran.
+    """
+    found = [table.find(selection.hook, layer) for layer in resolve_layers(selection, table)]
+    misses = [m for m in found if isinstance(m, Miss)]
+    sites = [s for s in found if isinstance(s, Site)]
+    if table.partial:
+        return sites
+    if (misses and selection.layers != "all") or not sites:
+        raise SiteNotFound(_not_found(selection, misses, table))
+    return sites
+
+
+def _not_found(selection: HookSelection, misses: list[Miss], table: SiteTable) -> str:
+    first = misses[0] if misses else table.find(selection.hook, 0)
+    assert isinstance(first, Miss)
+    have = sorted({s.hook for s in table.sites if not s.hook.startswith("write_")})
+    span = f"{table.n_layers} layers with {', '.join(have)}" if table.sites else "no sites at all"
+    cure = "choose one of these" if table.sites else "see `steer-compile sites` on this model"
+    return f"no site {first.name}: {first.reason}; the graph has {span}; {cure}"
+
+
+def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) -> Plan:
+    """Plan one graph. ``banks`` are those of graphs planned before: sites that are in them keep their slots.
+
+    Raises:
+        SiteNotFound: a requested site has no value in this graph.
+        LoweringError: the sites disagree about the number of tokens.
+    """
+    wanted: list[tuple[str, Site]] = []
+    for op, selections in (("capture", spec.capture), ("add_rows", spec.steer)):
+        for selection in selections:
+            for site in select_sites(selection, table):
+                wanted.append((op, _placed(site, spec)))
+    _check_tokens([site for _, site in wanted])
+    banks = _grow(spec, wanted, banks)
+    edits = [Edit(site, op, _slot(op, site, spec, banks)) for op, site in wanted]
+    return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens)
+
+
+def _placed(site: Site, spec: SteerSpec) -> Site:
+    """The site with the readers that the placement redirects."""
+    if spec.placement == "before_norm" or site.hook not in ("pre_attn", "post_attn") or not site.skip_users:
+        return site
+    return Site(
+        site.layer, site.hook, site.node, site.width, site.dtype, site.shape, site.layout, site.skip_users, site.skip_users
+    )
+
+
+def _check_tokens(sites: list[Site]) -> None:
+    """All sites of a graph hold the same tokens, else one row index cannot serve them."""
+    by_layout: dict[str, Site] = {}
+    for site in sites:
+        first = by_layout.setdefault(site.layout, site)
+        if first.shape != site.shape:
+            raise LoweringError(
+                f"{site.name} has tokens {site.shape} but {first.name} has {first.shape}; one spec needs sites of equal "
+                "token count: choose hooks of one kind"
+            )
+
+
+_RANKS = {"post_attn": 1, "post_block": 2, "pre_attn": 3}
+
+
+def _order(edit: Edit) -> tuple[int, int, int]:
+    """Order at one value: a block's exit before the next block's entry, capture before steering."""
+    hook = edit.site.hook
+    rank = _RANKS.get(hook, 0) if is_stream_hook(hook) else 4
+    return (edit.site.layer, rank, 0 if edit.op == "capture" else 1)
+
+
+def _bank_key(op: str, site: Site, spec: SteerSpec) -> tuple[object, ...]:
+    if op == "capture":
+        return ("capture", site.width, site.dtype, spec.max_tokens)
+    return ("table", site.width, spec.table_dtype(site.dtype), RESERVED_ROWS + spec.rows)
+
+
+def _grow(spec: SteerSpec, wanted: Iterable[tuple[str, Site]], banks: tuple[Bank, ...]) -> tuple[Bank, ...]:
+    """Existing banks, and one new bank for each (kind, width, dtype) of the sites that have no slot yet."""
+    new: dict[tuple[object, ...], list[tuple[str, int]]] = {}
+    for op, site in wanted:
+        key = _bank_key(op, site, spec)
+        if _find(banks, key, site) is None and (site.hook, site.layer) not in new.get(key, []):
+            new.setdefault(key, []).append((site.hook, site.layer))
+    grown = list(banks)
+    for (kind, width, dtype, length), sites in new.items():
+        grown.append(Bank(str(kind), width, dtype, tuple(sites), length))  # type: ignore[arg-type]
+    return tuple(grown)
+
+
+def _find(banks: tuple[Bank, ...], key: tuple[object, ...], site: Site) -> Slot | None:
+    for i, bank in enumerate(banks):
+        if (bank.kind, bank.width, bank.dtype, bank.length) == key and (site.hook, site.layer) in bank.sites:
+            return Slot(i, bank.sites.index((site.hook, site.layer)))
+    return None
+
+
+def _slot(op: str, site: Site, spec: SteerSpec, banks: tuple[Bank, ...]) -> Slot:
+    slot = _find(banks, _bank_key(op, site, spec), site)
+    if slot is None:
+        raise LoweringError(f"{site.name} ({dtype_text(site.dtype)}, width {site.width}) has no slot in the plan")
+    return slot

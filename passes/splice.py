@@ -1,0 +1,135 @@
+"""Rewrite: put the plan's operations behind the values that they act on.
+
+::
+
+    %v = add(%r, %b)                       %v  = add(%r, %b)
+    %n = norm(%v)                  ->      store_rows(%v, %capture0[slot], n)
+    %s = add(%v, ...)                      %v' = add_rows(%v, %table0[slot], %rows, %scale)
+                                           %n  = norm(%v')
+                                           %s  = add(%v', ...)
+
+The backing tensors are buffers of the graph module; nothing else of its signature changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from steer_compile.errors import LoweringError
+from steer_compile.ir import Edit, Plan, Site
+from steer_compile.kernels.add_rows import add_rows
+from steer_compile.kernels.store_rows import store_rows
+from steer_compile.passes.dataflow import Dataflow, build_dataflow
+
+ROWS = "steer_rows"
+SCALE = "steer_scale"
+
+
+def bank_name(index: int) -> str:
+    """Buffer name of a bank."""
+    return f"steer_bank_{index}"
+
+
+def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
+    """Apply the plan to ``gm`` in place; returns the names of the buffers that the graph now reads.
+
+    Raises:
+        LoweringError: a planned value is not in this graph.
+    """
+    graph = gm.graph
+    by_name = {n.name: n for n in graph.nodes}
+    missing = [e.site for e in plan.edits if e.site.node not in by_name]
+    if missing:
+        raise LoweringError(f"{missing[0].name} is planned at {missing[0].node}, which this graph does not have")
+    flow = build_dataflow(graph)
+    _read_written_values(flow)
+    splicer = _Splicer(graph, flow, by_name)
+    for edit in sorted(plan.edits, key=lambda e: flow.order[by_name[e.site.node]]):
+        splicer.apply(edit)
+    return tuple(splicer.buffers)
+
+
+def attach(gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give the graph module its buffers and compile its Python code anew."""
+    for name, tensor in tensors.items():
+        gm.register_buffer(name, tensor, persistent=False)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _read_written_values(flow: Dataflow) -> None:
+    """Make readers of a tensor that was written in place read the write's result: the same memory, but named."""
+    for node, reads in flow.resolved.items():
+        for argument, value in reads.items():
+            if value is not argument and value not in flow.hazards:
+                node.replace_input_with(argument, value)
+
+
+@dataclass
+class _Splicer:
+    graph: fx.Graph
+    flow: Dataflow
+    by_name: Mapping[str, fx.Node]
+    buffers: dict[str, fx.Node] = field(default_factory=dict)
+    current: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    row_views: dict[str, fx.Node] = field(default_factory=dict)
+    counts: dict[str, fx.Node] = field(default_factory=dict)
+    skipped: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+
+    def apply(self, edit: Edit) -> None:
+        value = self.by_name[edit.site.node]
+        source = self.current.get(value, value)
+        after = source if source.op != "placeholder" else self._last_placeholder()
+        with self.graph.inserting_before(after.next):
+            bank = self._buffer(bank_name(edit.slot.bank))[edit.slot.index]
+            h = fx.Proxy(source)
+            if edit.op == "capture":
+                tokens = fx.Proxy(self._count(edit.site, h))
+                ordered = h.transpose(0, 1) if edit.site.layout == "time_first" else h
+                store_rows(ordered, bank, tokens)  # type: ignore[arg-type]
+                return
+            rows = fx.Proxy(self._rows(edit.site, h))
+            steered = add_rows(h, bank, rows, self._buffer(SCALE))  # type: ignore[arg-type]
+        self._redirect(edit.site, value, source, steered.node)  # type: ignore[attr-defined]
+
+    def _redirect(self, site: Site, value: fx.Node, source: fx.Node, steered: fx.Node) -> None:
+        """Let the site's readers read the steered value."""
+        if site.users is None:
+            readers = self.flow.users[value]
+            self.current[value] = steered
+        else:
+            readers = [self.by_name[name] for name in site.users]
+        for reader in readers:
+            reader.replace_input_with(source, steered)
+
+    def _last_placeholder(self) -> fx.Node:
+        return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+
+    def _buffer(self, name: str) -> fx.Proxy:
+        """The buffer's node, read once at the top of the graph."""
+        if name not in self.buffers:
+            with self.graph.inserting_after(self._last_placeholder()):
+                self.buffers[name] = self.graph.create_node("get_attr", name)
+        return fx.Proxy(self.buffers[name])
+
+    def _count(self, site: Site, h: fx.Proxy) -> fx.Node:
+        """Number of tokens, computed at the first site of each layout."""
+        if site.layout not in self.counts:
+            count = h.size(0) if site.layout == "flat" else h.size(0) * h.size(1)
+            self.counts[site.layout] = count.node
+        return self.counts[site.layout]
+
+    def _rows(self, site: Site, h: fx.Proxy) -> fx.Node:
+        """Row of each token in the site's layout, computed at the first site of each layout."""
+        if site.layout not in self.row_views:
+            rows = self._buffer(ROWS).narrow(0, 0, fx.Proxy(self._count(site, h)))
+            if site.layout == "batch_first":
+                rows = rows.view(h.size(0), h.size(1))
+            elif site.layout == "time_first":
+                rows = rows.view(h.size(1), h.size(0)).transpose(0, 1)
+            self.row_views[site.layout] = rows.node
+        return self.row_views[site.layout]

@@ -1,0 +1,213 @@
+"""`steer_backend`: the callable that ``torch.compile(model, backend=...)`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from steer_compile import torch_compat
+from steer_compile.errors import SiteNotFound, SpecError, SteerError
+from steer_compile.ir import Dim, Plan, Site, SiteTable
+from steer_compile.passes.find_sites import find_sites
+from steer_compile.passes.plan_edits import plan_edits
+from steer_compile.passes.splice import attach, splice
+from steer_compile.runtime.runtime import Runtime
+from steer_compile.spec import SteerSpec
+
+Inner = str | Callable[..., Any]
+
+
+class SteerBackend:
+    """A torch.compile backend that steers and captures. One backend serves one model.
+
+    Attributes:
+        runtime: vectors, rows, scales and captures.
+        tables: sites and misses of each compiled graph.
+        plans: what was spliced into each of them.
+    """
+
+    def __init__(self, spec: SteerSpec, inner: Inner, kwargs: dict[str, Any]) -> None:
+        self._spec = spec
+        self._inner = inner
+        self._kwargs = kwargs
+        self.runtime = Runtime(spec)
+        self.tables: list[SiteTable] = []
+        self.plans: list[Plan] = []
+        self.__name__ = "steer_backend"
+
+    @property
+    def spec(self) -> SteerSpec:
+        """The spec; part of every compiled graph, so it cannot be changed."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, value: object) -> None:
+        raise SpecError("the spec is compiled into the graphs; make a new backend with the new spec and compile again")
+
+    @property
+    def sites(self) -> SiteTable:
+        """Sites of all compiled graphs together, each (layer, hook) once."""
+        found: dict[tuple[int, str], Site] = {}
+        misses = []
+        for table in self.tables:
+            for site in table.sites:
+                found.setdefault((site.layer, site.hook), site)
+            misses += [m for m in table.misses if m not in misses]
+        layers = tuple(sorted({layer for layer, _ in found}))
+        return SiteTable(tuple(found.values()), tuple(misses), layers, any(t.partial for t in self.tables))
+
+    def reset(self) -> None:
+        """Called by `torch._dynamo.reset`: forget compiled graphs, keep vectors and rows."""
+        self.tables.clear()
+        self.plans.clear()
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        partial = torch_compat.is_partial(gm)
+        try:
+            table = find_sites(gm, partial)
+            run = self._instrument(gm, table, example_inputs)
+        except SteerError as error:
+            return _refusal(error)
+        inner = self._compiler(kwargs)(gm, example_inputs)
+        return inner if run is None else run(inner)
+
+    def _instrument(
+        self, gm: fx.GraphModule, table: SiteTable, inputs: Sequence[Any]
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+        """Splice the plan into ``gm``; returns what wraps the compiled graph, or None for a part without sites."""
+        if not table.sites:
+            if table.partial:
+                return None
+            reason = table.misses[0].reason if table.misses else "no residual stream"
+            raise SiteNotFound(f"no site in this model: {reason}; see `steer-compile sites` for what exists")
+        banks = self.runtime.tables.banks
+        plan = plan_edits(self._spec, table, banks)
+        if not plan.edits:
+            return None
+        device = _device(gm, plan, inputs)
+        names = splice(gm, plan)
+        self.runtime.bind(plan, table, device)
+        attach(gm, self.runtime.tables.named(names))
+        torch_compat.mark_static(gm, names)
+        self.tables.append(table)
+        self.plans.append(plan)
+        shape = _TokenShape(gm, plan.edits[0].site)
+        layers = [e.site.layer for e in plan.edits]
+        last = not table.partial or max(layers) >= max(self.sites.layers)
+        return lambda inner: self._wrap(inner, shape, min(layers), last)
+
+    def _wrap(self, inner: Callable[..., Any], shape: _TokenShape, first_layer: int, last: bool) -> Callable[..., Any]:
+        runtime = self.runtime
+
+        def steered_graph(*args: Any) -> Any:
+            runtime.before_call(first_layer, *shape(args))
+            result = inner(*args)
+            runtime.after_call(last)
+            return result
+
+        return steered_graph
+
+    def _compiler(self, given: dict[str, Any]) -> Callable[..., Any]:
+        """The inner compiler with the options of `steer_backend` and those that torch.compile passes on."""
+        options = {**self._kwargs, **given}
+        if self._inner == "inductor":
+            return torch_compat.inductor_compiler(
+                options.pop("mode", None), options.pop("options", None), options.pop("dynamic", None)
+            )
+        compiler = torch_compat.named_backend(self._inner) if isinstance(self._inner, str) else self._inner
+        return (lambda gm, inputs: compiler(gm, inputs, **options)) if options else compiler
+
+
+def steer_backend(spec: SteerSpec, inner: Inner = "inductor", **kwargs: Any) -> SteerBackend:
+    """Backend for ``torch.compile(model, backend=steer_backend(spec))``.
+
+    Args:
+        spec: what may be steered and captured.
+        inner: compiler of the instrumented graph: ``inductor``, any backend name (``eager`` and ``aot_eager`` for
+            debugging), or a backend callable.
+        kwargs: options for the inner compiler (``mode``, ``options`` for Inductor); those given to torch.compile win.
+
+    Raises:
+        SpecError: ``spec`` is not a `SteerSpec`.
+    """
+    if not isinstance(spec, SteerSpec):
+        raise SpecError(f"steer_backend takes a SteerSpec, not {type(spec).__name__}; build SteerSpec(steer=(...), ...)")
+    return SteerBackend(spec, inner, kwargs)
+
+
+def _refusal(error: SteerError) -> Callable[..., Any]:
+    """A compiled graph that raises the package's own error on every call, instead of running unsteered."""
+
+    def refuse(*args: Any) -> Any:
+        raise error.with_traceback(None)
+
+    return refuse
+
+
+def _device(gm: fx.GraphModule, plan: Plan, inputs: Sequence[Any]) -> torch.device:
+    by_name = {n.name: n for n in gm.graph.nodes}
+    devices = {by_name[e.site.node].meta["example_value"].device for e in plan.edits}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise SiteNotFound(f"the sites are on several devices ({names}); steer one device's layers with one backend")
+    device: torch.device = devices.pop()
+    return device
+
+
+class _TokenShape:
+    """Batch and length of a call, read off the graph's arguments."""
+
+    def __init__(self, gm: fx.GraphModule, site: Site) -> None:
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        batch, length = _token_dims(site, placeholders)
+        self._constant = (int(batch), int(length)) if isinstance(batch, int) and isinstance(length, int) else None
+        if self._constant is None:
+            symbols = sorted(sympy.sympify(batch).free_symbols | sympy.sympify(length).free_symbols, key=str)
+            self._readers = [_symbol_reader(s, placeholders) for s in symbols]
+            self._function = sympy.lambdify(symbols, [batch, length], "math")
+
+    def __call__(self, args: Sequence[Any]) -> tuple[int, int]:
+        if self._constant is not None:
+            return self._constant
+        batch, length = self._function(*(read(args) for read in self._readers))
+        return int(batch), int(length)
+
+
+def _token_dims(site: Site, placeholders: list[fx.Node]) -> tuple[Dim, Dim]:
+    if site.layout == "batch_first":
+        return site.shape[0], site.shape[1]
+    if site.layout == "time_first":
+        return site.shape[1], site.shape[0]
+    for node in placeholders:
+        dims = _sizes(node)
+        if len(dims) >= 2 and sympy.simplify(dims[0] * dims[1] - site.shape[0]) == 0 and not _is_parameter(node):
+            return dims[0], dims[1]
+    return 1, site.shape[0]
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+
+
+def _sizes(node: fx.Node) -> tuple[Dim, ...]:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(d.node.expr if isinstance(d, torch.SymInt) else int(d) for d in value.shape)
+
+
+def _symbol_reader(symbol: sympy.Symbol, placeholders: list[fx.Node]) -> Callable[[Sequence[Any]], int]:
+    """How to read a size symbol off the arguments: an integer argument, or a dimension of a tensor."""
+    for i, node in enumerate(placeholders):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return lambda args, i=i: int(args[i])  # type: ignore[misc]
+    for i, node in enumerate(placeholders):
+        for dim, size in enumerate(_sizes(node)):
+            if size == symbol:
+                return lambda args, i=i, dim=dim: int(args[i].shape[dim])  # type: ignore[misc]
+    raise SiteNotFound(f"the graph's size {symbol} is no argument of it, so the tokens of a call cannot be counted")

@@ -1,0 +1,1 @@
+"""Coverage table over the causal language models of the installed transformers."""

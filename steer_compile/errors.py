@@ -1,0 +1,43 @@
+"""Errors of the package. The first line of each says what is wrong, where, what exists instead and the cure."""
+
+from __future__ import annotations
+
+
+class SteerError(ValueError):
+    """Base of every error that the package raises for a user's input."""
+
+
+class SpecError(SteerError):
+    """A spec that cannot be meant: unknown hook, empty selection, capacity below one, changed after compile."""
+
+
+class SiteNotFound(SteerError):
+    """A requested hook and layer has no value in the compiled graph."""
+
+
+class VectorError(SteerError):
+    """A vector of the wrong width, shape or dtype, or with NaN or infinity."""
+
+
+class UnknownName(SteerError):
+    """A vector set, hook or layer that was never registered."""
+
+
+class TableFull(SteerError):
+    """No row is free for another distinct steering configuration."""
+
+
+class TooManyTokens(SteerError):
+    """A call with more tokens than the spec's ``max_tokens``."""
+
+
+class NotSteered(SteerError):
+    """Steering or capture was asked for, but no compiled graph ran that could apply it."""
+
+
+class LoweringError(SteerError):
+    """A site whose value cannot be steered or captured: shape, layout or dtype."""
+
+
+class CheckpointError(SteerError):
+    """A model or vector file that is missing, damaged or not safetensors."""

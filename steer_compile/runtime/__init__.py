@@ -1,0 +1,1 @@
+"""Run time: the only objects that hold tensors or change between calls."""

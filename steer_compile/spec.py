@@ -1,0 +1,213 @@
+"""`SteerSpec`: what a compiled graph may do and where. Static only; vectors, rows and gains are run-time data."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tomli_w
+import torch
+
+from steer_compile.errors import SpecError
+from steer_compile.hooks import parse_hook
+
+Layers = str | tuple[int, ...]
+OP_FAMILIES = ("add",)
+PLACEMENTS = ("before_norm", "after_norm")
+RESERVED_ROWS = 3
+"""Row 0 is zeros, row 1 the global prefill tier, row 2 the global decode tier."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_layers(value: object) -> Layers:
+    """``"all"`` or a tuple of layer numbers, negative ones counting from the end.
+
+    Accepts ``"all"``, an int, a list, a ``range`` and strings such as ``"0-3,7,-1"`` or ``"2:8:2"``.
+
+    Raises:
+        SpecError: the value selects nothing or cannot be read.
+    """
+    if value == "all":
+        return "all"
+    numbers: list[int] = []
+    if isinstance(value, bool):
+        raise SpecError(f"layers={value!r} is not a layer selection; use 'all', a number, a list or '0-3,7'")
+    if isinstance(value, int):
+        numbers = [value]
+    elif isinstance(value, str):
+        for part in value.split(","):
+            numbers += _parse_part(part.strip(), value)
+    elif isinstance(value, Iterable):
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int):
+                raise SpecError(f"layers={value!r} holds {item!r}, which is not a layer number")
+            numbers.append(item)
+    if not numbers:
+        raise SpecError(f"layers={value!r} selects no layer; use 'all', a number, a list or '0-3,7'")
+    return tuple(dict.fromkeys(numbers))
+
+
+def _parse_part(part: str, whole: str) -> list[int]:
+    try:
+        if ":" in part:
+            bounds = [int(p) if p else None for p in part.split(":")]
+            start, stop = bounds[0] or 0, bounds[1]
+            if stop is None:
+                raise ValueError("open range")
+            return list(range(start, stop, bounds[2] or 1 if len(bounds) > 2 else 1))
+        head, dash, tail = part[1:].partition("-")
+        if dash:
+            return list(range(int(part[0] + head), int(tail) + 1))
+        return [int(part)]
+    except (ValueError, IndexError) as error:
+        raise SpecError(f"layers={whole!r} cannot be read at {part!r}; write for example '0-3,7,-1' or '2:8:2'") from error
+
+
+@dataclass(frozen=True)
+class HookSelection:
+    """One hook at some layers. ``ops`` are the op families that a steered hook may use."""
+
+    hook: str
+    layers: Layers = "all"
+    ops: tuple[str, ...] = OP_FAMILIES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hook", parse_hook(self.hook))
+        object.__setattr__(self, "layers", parse_layers(self.layers))
+        unknown = [op for op in self.ops if op not in OP_FAMILIES]
+        if unknown or not self.ops:
+            raise SpecError(f"{self.hook}: unknown op family {unknown or '()'}; the families are {', '.join(OP_FAMILIES)}")
+        object.__setattr__(self, "ops", tuple(self.ops))
+
+    def to_dict(self) -> dict[str, Any]:
+        layers: Any = self.layers if isinstance(self.layers, str) else list(self.layers)
+        return {"hook": self.hook, "layers": layers, "ops": list(self.ops)}
+
+
+@dataclass(frozen=True)
+class SteerSpec:
+    """Which hook points are steered and captured, and how much room there is. Frozen and hashable.
+
+    Attributes:
+        steer: hooks that may be steered: names, or `HookSelection` with layers of their own.
+        capture: hooks whose pristine value is stored in every call.
+        layers: layers of hooks given by name: ``"all"``, a list, a range, ``"0-3,-1"``.
+        rows: distinct request configurations (content and phase) that may be active at once.
+        max_tokens: most tokens (batch times length) of one call.
+        dtype: dtype of the vector tables; None is the stream's own.
+        placement: ``before_norm``: a steer at a stream hook changes all that reads the value. ``after_norm``: at
+            ``pre_attn`` and ``post_attn`` it changes the skip path only, not the branch that follows.
+
+    Raises:
+        SpecError: an unknown hook, layer selection, dtype or placement, or a capacity below one.
+    """
+
+    steer: tuple[HookSelection, ...] = ()
+    capture: tuple[HookSelection, ...] = ()
+    layers: Layers = "all"
+    rows: int = 8
+    max_tokens: int = 8192
+    dtype: str | None = None
+    placement: str = "before_norm"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", parse_layers(self.layers))
+        object.__setattr__(self, "steer", self._selections(self.steer, "steer"))
+        object.__setattr__(self, "capture", self._selections(self.capture, "capture"))
+        if not self.steer and not self.capture:
+            raise SpecError("the spec names no hook; give steer=('post_block',) or capture=('post_block',)")
+        for name in ("rows", "max_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SpecError(f"{name}={value!r} must be a whole number of at least 1")
+        dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
+        if dtype is not None and dtype not in _DTYPES:
+            raise SpecError(f"dtype={self.dtype!r} is no table dtype; choose one of {', '.join(_DTYPES)} or None")
+        object.__setattr__(self, "dtype", dtype)
+        if self.placement not in PLACEMENTS:
+            raise SpecError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
+
+    def _selections(self, given: object, what: str) -> tuple[HookSelection, ...]:
+        items = (given,) if isinstance(given, str | HookSelection) else given
+        if not isinstance(items, Iterable):
+            raise SpecError(f"{what}={given!r} is not a list of hooks")
+        chosen: dict[str, HookSelection] = {}
+        for item in items:
+            selection = self._selection(item)
+            if selection.hook in chosen:
+                raise SpecError(f"{what} names the hook {selection.hook} twice; merge the two layer selections")
+            chosen[selection.hook] = selection
+        return tuple(chosen.values())
+
+    def _selection(self, item: object) -> HookSelection:
+        if isinstance(item, HookSelection):
+            return item
+        if isinstance(item, str):
+            return HookSelection(item, self.layers)
+        if isinstance(item, Mapping) and set(item) <= {"hook", "layers", "ops"} and "hook" in item:
+            ops = tuple(item.get("ops", OP_FAMILIES))
+            return HookSelection(item["hook"], item.get("layers", self.layers), ops)
+        raise SpecError(f"{item!r} is no hook selection; give a hook name or HookSelection(hook, layers)")
+
+    def table_dtype(self, stream: torch.dtype) -> torch.dtype:
+        """Dtype of the vector table beside a stream of dtype ``stream``."""
+        return _DTYPES[self.dtype] if self.dtype is not None else stream
+
+    def with_capture(self, *hooks: str) -> SteerSpec:
+        """The same spec that also captures ``hooks``."""
+        return replace(self, capture=(*self.capture, *(HookSelection(h, self.layers) for h in hooks)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: strings, numbers, lists."""
+        data: dict[str, Any] = {
+            "steer": [s.to_dict() for s in self.steer],
+            "capture": [s.to_dict() for s in self.capture],
+            "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
+            "rows": self.rows,
+            "max_tokens": self.max_tokens,
+            "placement": self.placement,
+        }
+        if self.dtype is not None:
+            data["dtype"] = self.dtype
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SteerSpec:
+        """Inverse of `to_dict`.
+
+        Raises:
+            SpecError: unknown keys or values.
+        """
+        known = {"steer", "capture", "layers", "rows", "max_tokens", "dtype", "placement"}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise SpecError(f"unknown key {unknown[0]!r} in the spec; the keys are {', '.join(sorted(known))}")
+        return cls(**dict(data))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SteerSpec:
+        """Raises `SpecError` for text that is not a JSON object of spec keys."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"the spec is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise SpecError("the spec is not a JSON object")
+        return cls.from_dict(data)
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, text: str) -> SteerSpec:
+        """Raises `SpecError` for text that is not a TOML table of spec keys."""
+        try:
+            return cls.from_dict(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"the spec is not TOML: {error}") from error

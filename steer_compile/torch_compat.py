@@ -1,0 +1,56 @@
+"""The only importer of private torch API. Each function: what it gives, and the versions on which it was run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import lookup_backend
+from torch._dynamo.source import ConstantSource
+from torch._guards import CompileContext
+
+Compiled = Callable[..., Any]
+
+
+def mark_static(gm: fx.GraphModule, names: Sequence[str]) -> None:
+    """Make buffers of a Dynamo graph static inputs: CUDA graphs keep their address and see in-place changes.
+
+    Without an entry in the module's source table the compile fails with "not found in param_name_to_source".
+    Run on torch 2.11 and 2.13. Delete when a backend may register buffers through public API.
+    """
+    sources = gm._param_name_to_source
+    if not isinstance(sources, dict):
+        sources = gm._param_name_to_source = {}  # type: ignore[assignment]
+    for name in names:
+        sources[name] = ConstantSource(name)
+
+
+def inductor_compiler(mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> Compiled:
+    """The compiler behind ``backend="inductor"`` with its mode and options. Run on torch 2.11 and 2.13."""
+    return torch._TorchCompileInductorWrapper(mode, options, dynamic)
+
+
+def named_backend(name: str) -> Compiled:
+    """A backend that Dynamo knows by name, such as ``aot_eager``. Run on torch 2.11 and 2.13."""
+    backend: Compiled = lookup_backend(name)
+    return backend
+
+
+def is_partial(gm: fx.GraphModule) -> bool:
+    """Whether the graph is one of several of its function: it ends in a graph break or begins behind one.
+
+    Run on torch 2.11 and 2.13.
+    """
+    reason = gm.compile_subgraph_reason
+    if getattr(reason, "graph_break", False):
+        return True
+    frames = getattr(reason, "user_stack", None) or ()
+    return any("torch_dynamo_resume_in" in frame.name for frame in frames)
+
+
+def compile_id() -> str:
+    """Dynamo's name of the compilation under way, such as ``0/1``. Run on torch 2.11 and 2.13."""
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else ""
