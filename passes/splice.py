@@ -47,7 +47,7 @@ def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
         raise LoweringError(f"{missing[0].name} is planned at {missing[0].node}, which this graph does not have")
     flow = build_dataflow(graph)
     _read_written_values(flow)
-    splicer = _Splicer(graph, flow, by_name)
+    splicer = _Splicer(graph, flow, by_name, next(n for n in graph.nodes if n.op != "placeholder"))
     for edit in sorted(plan.edits, key=lambda e: flow.order[by_name[e.site.node]]):
         splicer.apply(edit)
     return tuple(splicer.buffers)
@@ -74,17 +74,17 @@ class _Splicer:
     graph: fx.Graph
     flow: Dataflow
     by_name: Mapping[str, fx.Node]
+    first: fx.Node
     buffers: dict[str, fx.Node] = field(default_factory=dict)
     current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     row_views: dict[str, fx.Node] = field(default_factory=dict)
     counts: dict[str, fx.Node] = field(default_factory=dict)
-    skipped: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+    following: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def apply(self, edit: Edit) -> None:
         value = self.by_name[edit.site.node]
         source = self.current.get(value, value)
-        after = source if source.op != "placeholder" else self._last_placeholder()
-        with self.graph.inserting_before(after.next):
+        with self.graph.inserting_before(self._following(value)):
             bank = self._buffer(bank_name(edit.slot.bank))[edit.slot.index]
             h = fx.Proxy(source)
             if edit.op == "capture":
@@ -106,13 +106,16 @@ class _Splicer:
         for reader in readers:
             reader.replace_input_with(source, steered)
 
-    def _last_placeholder(self) -> fx.Node:
-        return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+    def _following(self, value: fx.Node) -> fx.Node:
+        """The node in front of which operations at ``value`` go, so that they stand in the order of the plan."""
+        if value.op == "placeholder":
+            return self.first
+        return self.following.setdefault(value, value.next)
 
     def _buffer(self, name: str) -> fx.Proxy:
         """The buffer's node, read once at the top of the graph."""
         if name not in self.buffers:
-            with self.graph.inserting_after(self._last_placeholder()):
+            with self.graph.inserting_before(self.first):
                 self.buffers[name] = self.graph.create_node("get_attr", name)
         return fx.Proxy(self.buffers[name])
 

@@ -63,6 +63,21 @@ class NormalisedLerp(Block):
         return self.tape.at("write_1 post_block", layer, F.normalize(x + self.a2 * (b - x), dim=-1))
 
 
+class LerpByHand(Block):
+    """x + a (b - x)."""
+
+    def forward(self, x: Tensor, layer: int) -> Tensor:
+        x = self.enter(x, layer)
+        b = self.attend(self.n1(x), layer)
+        step = 0.3 * (b - x)
+        self.tape.also("attn_out", layer, step)
+        x = self.mid(x + step, layer)
+        b = self.feed(self.n2(x), layer)
+        step = 0.3 * (b - x)
+        self.tape.also("mlp_out", layer, step)
+        return self.end(x + step, layer)
+
+
 class PythonSum(Block):
     """sum((x, attn, mlp)): 0 + x + attn + mlp."""
 
@@ -108,6 +123,7 @@ register_blocks(
     ("ada_norm", AdaNorm, "found", "adds of conditions on the branch input"),
     ("broadcast_branch", BroadcastBranch, "found", "a branch with one row for all tokens"),
     ("normalised_lerp", NormalisedLerp, "either", "an interpolation by hand under a normalisation"),
+    ("lerp_by_hand", LerpByHand, "either", "x + a (b - x): two skips to one fork"),
     ("python_sum", PythonSum, "found", "a parallel block by the builtin sum: no post_attn"),
     ("cloned_stream", ClonedStream, "found", "clone, dropout, contiguous and cast on the stream"),
     ("wrapped_writes", WrappedWrites, "found", "residual wrapper modules inside the block"),
@@ -293,3 +309,41 @@ class FirstBlockDiffers(Toy):
         for i in range(1, BLOCKS):
             x = self.layers[i](x, i)
         return x
+
+
+@toy("unrolled_postnorm")
+class Unrolled(Toy):
+    why = "post-norm blocks without modules around them: only the shape of the graph tells the blocks apart"
+
+    def build(self) -> None:
+        del self.layers
+        for i in range(BLOCKS):
+            self.add_module(f"a{i}", Attention())
+            self.add_module(f"f{i}", Mlp())
+
+    def body(self, x: Tensor) -> Tensor:
+        for i in range(BLOCKS):
+            x = self.tape.at("pre_attn", i, x)
+            y = self.tape.at("attn_out", i, getattr(self, f"a{i}")(x))
+            x = self.tape.at("write_0 post_attn", i, F.layer_norm(x + y, (WIDTH,)))
+            y = self.tape.at("mlp_out", i, getattr(self, f"f{i}")(x))
+            x = self.tape.at("write_1 post_block", i, F.layer_norm(x + y, (WIDTH,)))
+        return x
+
+
+@toy("two_calls")
+class TwoCalls(Toy):
+    expect = "either"
+    why = "one tower over two inputs in turn (siamese): layers 0-5 in order of execution, or a refusal"
+    n_blocks = 6
+
+    def build(self) -> None:
+        self.layers = nn.ModuleList(Block(self.tape) for _ in range(BLOCKS))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, y = self.embed(ids), self.embed(ids.flip(1))
+        for i in range(BLOCKS):
+            x = self.layers[i](x, i)
+        for i in range(BLOCKS):
+            y = self.layers[i](y, i + BLOCKS)
+        return self.finish(x) * self.finish(y)

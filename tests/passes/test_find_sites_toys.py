@@ -1,5 +1,7 @@
 """The finder against toy models that know their own stream: found and right, or refused with a reason."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,22 +10,16 @@ from steer_compile.ir import Miss, SiteTable
 from steer_compile.passes.find_sites import find_sites
 from tests._graphs import node_values, trace
 from tests._toys import TOYS, Toy, make
-from tests._toys_judge import Verdict, canonical, equal, judge
+from tests._toys_judge import Verdict, equal, judge
 
 DYNAMIC = [
-    *(
-        "prenorm_rmsnorm",
-        "postnorm",
-        "parallel_left",
-        "ssm_one_write",
-        "hybrid_one_write",
-        "inplace_method",
-        "deferred",
-    ),
-    *("deferred", "through_view", "functional", "looped", "rotary", "moe", "time_first", "encoder_decoder", "reversible"),
+    *("prenorm_rmsnorm", "postnorm", "parallel_left", "ssm_one_write", "hybrid_one_write", "inplace_method"),
+    *("deferred", "through_view", "functional", "looped", "rotary", "moe", "time_first", "encoder_decoder"),
+    "reversible",
 ]
 
 
+@cache
 def examine(name: str, dynamic: bool = False) -> tuple[Toy, SiteTable, Verdict, dict[str, Tensor]]:
     """Run, trace, find and judge one toy; the graph must be left as it was."""
     toy = make(name)
@@ -69,20 +65,16 @@ def test_parallel_block_says_why_it_has_no_post_attn(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOYS)
 def test_truth_is_in_the_graph(name: str) -> None:
-    """The oracle itself: the graph computes the toy's logits, and the true values are values of nodes."""
-    toy = make(name)
+    """The oracle itself: the graph's output is the toy's, and the true values are values of its nodes."""
+    toy, _, _, values = examine(name)
     with torch.no_grad():
         logits = toy(*toy.inputs())
-        truth = dict(toy.truth)
-        gm, args = trace(toy, *toy.inputs())
-        assert torch.allclose(gm.forward(*args)[0], logits, atol=1e-5)
-    assert toy.truth.keys() == truth.keys()
-    values = node_values(gm, args).values()
-    batch = toy.inputs()[0].shape[0]
-    for key, right in truth.items():
-        if toy.expect == "found" and key not in toy.tape.optional:
-            shown = [canonical(v, layout, batch) for v in values for layout in (toy.layout, "flat") if v.dim() > 1]
-            assert any(equal(v, canonical(right, toy.layout, batch)) for v in shown), key
+    assert any(equal(value, logits) for value in values.values())
+    if toy.expect == "found":
+        for key, right in toy.truth.items():
+            if key not in toy.tape.optional:
+                shaped = (value for value in values.values() if value.numel() == right.numel())
+                assert any(equal(value.reshape(right.shape).float(), right.float()) for value in shaped), key
 
 
 @pytest.mark.parametrize("name", TOYS)

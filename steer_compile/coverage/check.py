@@ -1,0 +1,125 @@
+"""One row of the coverage table: what the finder and the splice do on one model type, against forward hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steer_compile.backend import SteerBackend, steer_backend
+from steer_compile.coverage.oracle import Reference, edit_block_output, logits_of, reference_states
+from steer_compile.coverage.zoo import class_name, tiny_inputs, tiny_model
+from steer_compile.errors import SteerError
+from steer_compile.spec import SteerSpec
+
+TOLERANCE = 2e-4
+"""Largest difference relative to the largest value. fp32 with other orders of summation in the two programs."""
+
+
+@dataclass
+class Record:
+    """One model type. The columns are True, False or None (not reached)."""
+
+    type: str
+    cls: str
+    compiles: bool | None = None
+    sites: bool | None = None
+    capture: bool | None = None
+    steer: bool | None = None
+    idle: bool | None = None
+    layers: int = 0
+    graphs: int = 0
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return all((self.compiles, self.sites, self.capture, self.steer, self.idle))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal within `TOLERANCE` of the larger tensor's largest value; False for other shapes and NaN."""
+    if left.shape != right.shape:
+        return False
+    scale = max(float(right.abs().max()), 1e-6)
+    return bool((left - right).abs().max() <= TOLERANCE * scale)
+
+
+def check_type(model_type: str, inner: str = "eager") -> Record:
+    """Fill the record of one type. Never raises for a model that does not work: the reason says why."""
+    record = Record(model_type, class_name(model_type))
+    torch._dynamo.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _check(record, inner)
+        except SteerError as error:
+            record.reason = record.reason or f"{type(error).__name__}: {error}"
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            first = str(error).strip().splitlines()
+            record.reason = record.reason or f"{type(error).__name__}: {first[0] if first else ''}"
+    return record
+
+
+def _check(record: Record, inner: str) -> None:
+    model = tiny_model(record.type)
+    inputs = tiny_inputs(model, record.type)
+    reference = reference_states(model, inputs)
+    plain = torch.compile(model, backend=inner)
+    base = logits_of(plain(**inputs))
+    record.compiles = close(base, reference.logits)
+    if not record.compiles:
+        record.reason = "the compiled model's logits differ from eager without any steering"
+    torch._dynamo.reset()
+    tokens = reference.logits.shape[0] * reference.post[0].shape[-2] * 8
+    spec = SteerSpec(
+        steer=("post_block", "pre_attn"), capture=("post_block", "pre_attn"), rows=2, max_tokens=max(1024, tokens)
+    )
+    backend = steer_backend(spec, inner=inner)
+    compiled = torch.compile(model, backend=backend)
+    record.sites = False
+    with backend.runtime.capture() as log:
+        idle = logits_of(compiled(**inputs))
+    record.layers, record.graphs = backend.sites.n_layers, len(backend.plans)
+    record.idle = bool(torch.equal(idle, base))
+    if backend.sites.n_layers != len(reference.post):
+        record.reason = f"{backend.sites.n_layers} blocks found, the model runs {len(reference.post)}"
+        return
+    record.sites = True
+    record.capture = _captures_match(record, log, reference)
+    record.steer = _steers(record, model, inputs, backend, compiled)
+
+
+def _captures_match(record: Record, log: Any, reference: Reference) -> bool:
+    for hook, wanted in (("post_block", reference.post), ("pre_attn", reference.pre)):
+        for layer, value in enumerate(wanted):
+            got = log[hook, layer]
+            fits = value if value.shape == got.shape else value.transpose(0, 1) if value.dim() == 3 else value
+            if not close(got, fits.reshape(got.shape) if fits.numel() == got.numel() else fits):
+                shape = tuple(value.shape)
+                record.reason = f"layers.{layer}.{hook} differs from the forward hook's value (shape {shape}, got {tuple(got.shape)})"
+                return False
+    return True
+
+
+def _steers(record: Record, model: torch.nn.Module, inputs: dict[str, Any], backend: SteerBackend, compiled: Any) -> bool:
+    layer = backend.sites.n_layers // 2
+    width = backend.runtime.tables.width(("post_block", layer)) or 0
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(7))
+    with edit_block_output(model, layer, lambda value: value + vector, inputs=inputs):
+        wanted = logits_of(model(**inputs))
+    with backend.runtime.steer({"post_block": {layer: vector}}):
+        got = logits_of(compiled(**inputs))
+    if not close(got, wanted):
+        record.reason = f"steering layers.{layer}.post_block differs from the same edit by forward hook"
+        return False
+    unsteered = logits_of(compiled(**inputs))
+    if close(got, unsteered):
+        record.reason = f"steering layers.{layer}.post_block does not move the logits"
+        return False
+    return True
