@@ -80,6 +80,8 @@ def describe_branch(flow: Dataflow, write: Write) -> Branch:
 
 def _terms(flow: Dataflow, write: Write) -> list[Term]:
     """Addends of the branch that are computed from the fork, each by itself."""
+    if len(write.branch) > 1:
+        return []
     operands = list(write.branch)
     for inner in write.absorbed:
         operands += inner.branch
@@ -147,7 +149,9 @@ def _keys(branches: list[Branch]) -> list[Path | None]:
             continue
         run = branches[start:stop]
         rounds = sum(1 for a, b in zip(run, run[1:], strict=False) if not a.mixing and b.mixing and a.write.kind != "skip")
-        deeper |= rounds > 0 and len(set(inner[start:stop])) > 2 and all(inner[start:stop])
+        parts = [branches[start + i : start + j] for i, j in _runs(inner[start:stop])]
+        whole = all(any(b.mixing for b in part) for part in parts) and all(inner[start:stop])
+        deeper |= rounds > 0 and len(parts) > 1 and whole
     if not deeper:
         return outer
     return [i or o for i, o in zip(inner, outer, strict=True)]
@@ -168,7 +172,9 @@ def _by_module(branches: list[Branch], keys: list[Path | None]) -> tuple[list[Bl
         if key is None or key[:-1] not in family:
             loose += run
             continue
-        blocks += [Block(part, key) for part in _split_loops(run)]
+        outside = [b for b in run if b.write.kind == "skip" and module_path(b.write.node)[: len(key)] != key]
+        loose += outside
+        blocks += [Block(part, key) for part in _split_loops([b for b in run if b not in outside])]
     return blocks, loose
 
 
@@ -186,12 +192,18 @@ def _split_loops(run: list[Branch]) -> list[list[Branch]]:
     """Split where a write uses the parameters of an earlier one again: the same module runs once more."""
     parts: list[list[Branch]] = [[]]
     seen: list[frozenset[fx.Node]] = []
+    waiting: list[Branch] = []
     for branch in run:
+        if branch.write.kind == "skip":
+            waiting.append(branch)
+            continue
         if branch.parameters and branch.parameters in seen:
             parts.append([])
             seen = []
-        parts[-1].append(branch)
+        parts[-1] += [*waiting, branch]
+        waiting = []
         seen.append(branch.parameters)
+    parts[-1] += waiting
     return parts
 
 

@@ -11,6 +11,7 @@ _PROJECTIONS = frozenset(
     "linear matmul bmm addmm baddbmm einsum conv1d conv2d conv_transpose1d conv1d_fn scaled_dot_product_attention "
     "grouped_mm embedding index_select topk scatter gather index_add onehot one_hot".split()
 )
+_CASTS = frozenset("to float half bfloat16 type_as view reshape contiguous clone dropout getitem flatten cat".split())
 
 
 def branch_input(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> fx.Node | None:
@@ -47,4 +48,11 @@ def branch_input(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> fx.Nod
         if flow.order[node] >= limit or here is None or shape is None or not same_dims(here, shape):
             break
         result = node
+    if result is fork and not all(_takes_input(n) for n in flow.users[fork] if n in inside):
+        return None
     return result
+
+
+def _takes_input(node: fx.Node) -> bool:
+    """Whether a reader of the stream itself takes it as the branch's input, not as a term of its own arithmetic."""
+    return op_name(node) in _PROJECTIONS or op_name(node) in _CASTS

@@ -192,9 +192,17 @@ def _note_aliases(flow: Dataflow, aliases: _Aliases, node: fx.Node) -> None:
             flow.hazards[memory] = flow.hazards[node] = text
         return
     name = op_name(node)
+    if name == "getitem" and not _basic_index(node.args[1]):
+        return
     unchanged = name in MAYBE_ALIAS_OPS and dtype_of(node) == dtype_of(first)
     if name in VIEW_OPS or unchanged:
         aliases.base[node] = aliases.identity.get(first, first)
+
+
+def _basic_index(index: object) -> bool:
+    """Whether indexing gives a view: advanced indexing with tensors or lists copies."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return not any(isinstance(p, fx.Node | list) for p in parts)
 
 
 def module_path(node: fx.Node) -> tuple[str, ...]:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from steer_compile.hooks import HOOKS
 from steer_compile.ir import Miss, Site, SiteTable
 from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
 from steer_compile.passes.branch_ends import branch_input
-from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, shape_of
-from steer_compile.passes.layout import dims_of, layout_of, stem_swapped, swaps_tokens
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
+from steer_compile.passes.layout import dims_of, layout_of, permutation, stem_order
 from steer_compile.passes.residual import ResidualGraph, Write
 from steer_compile.passes.segments import Segment, segments_of
 from steer_compile.passes.spine import find_spine
@@ -84,7 +83,7 @@ class _Builder:
     segments: dict[int, Segment]
     sites: list[Site] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    swapped: bool | None = None
+    order: str = ""
 
     def add_block(self, layer: int, block: Block) -> None:
         entry, values = self.segments[id(block.first)], [self.segments[id(b.write)] for b in block.branches]
@@ -140,7 +139,7 @@ class _Builder:
         region = term.region if term is not None else branch.region
         end = branch_input(self.flow, branch.write.fork, region)
         if end is None:
-            self._miss(layer, hook, "the branch has several inputs; none of them is the whole", branch.write.fork)
+            self._miss(layer, hook, "no single value is the input of the whole branch", branch.write.fork)
             return
         inside = set(region)
         users = tuple(u.name for u in self.flow.users[end] if u in inside)
@@ -161,35 +160,25 @@ class _Builder:
 
     def _site(self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...]) -> None:
         dims, dtype = dims_of(node), dtype_of(node)
-        if self.swapped is None:
-            self.swapped = stem_swapped(self.flow, self.sites_entry())
-        layout = layout_of(node, self._swapped_at(node))
+        layout = layout_of(node, self._order_at(node))
         if not layout or dtype is None or not isinstance(dims[-1], int):
             shape = ", ".join(str(d) for d in dims)
             self._miss(layer, hook, f"value {node.name} has shape ({shape}); tokens in front and a fixed width are needed", node)
             return
         self.sites.append(Site(layer, hook, node.name, dims[-1], dtype, dims[:-1], layout, users, skips))
 
-    def sites_entry(self) -> fx.Node:
-        return next(iter(self.segments.values())).entering
-
-    def _swapped_at(self, node: fx.Node) -> bool:
-        swapped = bool(self.swapped)
-        order = self.flow.order[node]
+    def _order_at(self, node: fx.Node) -> str:
+        """Meaning of the stream's dimensions at this point of the graph."""
+        if not self.order:
+            self.order = stem_order(self.flow, next(iter(self.segments.values())).entering)
+        order, position = self.order, self.flow.order[node]
         for segment in self.segments.values():
-            for value in segment.skip_chain:
-                if self.flow.order[value] <= order and swaps_tokens(value) and segment.counts(value):
-                    swapped = not swapped
-        return swapped
+            for value in segment.skip_chain[1:]:
+                step = permutation(value)
+                if step is not None and self.flow.order[value] <= position:
+                    order = "".join(order[i] for i in step)
+        return order
 
     def _miss(self, layer: int, hook: str, reason: str, near: fx.Node) -> None:
         if not any(m.layer == layer and m.hook == hook for m in self.misses):
             self.misses.append(Miss(layer, hook, reason, (near.name,)))
-
-
-def graph_hooks() -> tuple[str, ...]:
-    """Hooks that every block is asked for."""
-    return HOOKS
-
-
-__all__ = ["find_sites", "graph_hooks", "module_path", "shape_of"]

@@ -7,8 +7,9 @@ import torch
 from torch import fx
 
 from steer_compile.ir import Dim
-from steer_compile.passes.dataflow import Dataflow, op_name, same_dims, shape_of
+from steer_compile.passes.dataflow import Dataflow, op_name, shape_of
 
+_CHANNELS_FIRST = frozenset("conv1d conv2d conv3d".split())
 _SWAPS = frozenset("transpose swapaxes swapdims permute movedim".split())
 
 
@@ -25,45 +26,57 @@ def _expr(dim: int | torch.SymInt) -> Dim:
     return int(dim)
 
 
+def permutation(node: fx.Node) -> tuple[int, ...] | None:
+    """Order of the three dimensions that a transposing node makes; None when it is not one."""
+    shape = shape_of(node)
+    if op_name(node) not in _SWAPS or shape is None or len(shape) != 3:
+        return None
+    given = node.args[1:]
+    if len(given) == 1 and isinstance(given[0], tuple | list):
+        given = tuple(given[0])
+    numbers = [d % 3 for d in given if isinstance(d, int)]
+    if op_name(node) == "permute":
+        return tuple(numbers)
+    order = [0, 1, 2]
+    if len(numbers) == 2:
+        i, j = numbers
+        order[i], order[j] = order[j], order[i]
+    return tuple(order)
+
+
 def swaps_tokens(node: fx.Node) -> bool:
     """Whether the node exchanges the first two dimensions of a three-dimensional value."""
-    if op_name(node) not in _SWAPS:
-        return False
-    dims = node.args[1:]
-    if len(dims) == 1 and isinstance(dims[0], tuple | list):
-        dims = tuple(dims[0])
-    numbers = [d for d in dims if isinstance(d, int)]
-    if op_name(node) == "permute":
-        return numbers[:2] == [1, 0]
-    return sorted(d % 3 for d in numbers[:2]) == [0, 1]
+    return permutation(node) == (1, 0, 2)
 
 
-def stem_swapped(flow: Dataflow, entry: fx.Node) -> bool:
-    """Whether the way from the embedding to the stream's first value exchanges batch and position."""
-    swapped = False
+def stem_order(flow: Dataflow, entry: fx.Node) -> str:
+    """Meaning of the dimensions of the stream's first value: ``bth``, ``tbh``, or another order of these letters."""
+    steps: list[tuple[int, ...]] = []
+    order = "bth"
     node = entry
     for _ in range(256):
-        inputs = [n for n in flow.inputs[node] if flow.is_activation(n) and len(shape_of(n) or ()) in (2, 3)]
+        inputs = [n for n in flow.inputs[node] if flow.is_activation(n) and shape_of(n)]
+        if op_name(node) in _CHANNELS_FIRST:
+            order = "bht"
+            break
         if node.op == "placeholder" or op_name(node) == "embedding" or not inputs:
-            return swapped
-        swapped ^= swaps_tokens(node)
+            break
+        order_here = permutation(node)
+        if order_here is not None:
+            steps.append(order_here)
         node = max(inputs, key=lambda n: len(shape_of(n) or ()))
-    return swapped
+    for step in reversed(steps):
+        order = "".join(order[i] for i in step)
+    return order
 
 
-def layout_of(node: fx.Node, swapped: bool) -> str:
-    """``batch_first``, ``time_first`` or ``flat``; ``""`` when the value is none of them."""
+def layout_of(node: fx.Node, order: str) -> str:
+    """``batch_first``, ``time_first`` or ``flat``; ``""`` when the value is none of them.
+
+    Args:
+        order: meaning of the dimensions that a three-dimensional value has here (see `stem_order`).
+    """
     rank = len(shape_of(node) or ())
     if rank == 3:
-        return "time_first" if swapped else "batch_first"
-    if rank == 2 and not swapped:
-        return "flat"
-    return ""
-
-
-def swapped_along(path: list[fx.Node], swapped: bool) -> bool:
-    """Order of the leading dimensions at the end of ``path``, given it at its start."""
-    for before, node in zip(path, path[1:], strict=False):
-        if swaps_tokens(node) and not same_dims((), shape_of(before) or ()):
-            swapped = not swapped
-    return swapped
+        return {"bth": "batch_first", "tbh": "time_first"}.get(order, "")
+    return "flat" if rank == 2 and order == "bth" else ""

@@ -28,7 +28,7 @@ _SAME_OPS = frozenset(
     "flatten unflatten identity view_as reshape_as detach expand expand_as getitem nan_to_num lift_fresh alias "
     "_to_copy to_copy convert_element_type checkpoint_name".split()
 )
-_SCALE_OPS = frozenset("mul multiply div true_divide divide".split())
+_SCALE_OPS = frozenset("mul multiply div truediv true_divide divide".split())
 _SHIFT_OPS = frozenset("add sub subtract".split())
 _GUARD_OPS = frozenset("clamp clip where masked_fill".split())
 _ADD_OPS = frozenset("add sub subtract rsub addcmul lerp addmm baddbmm index_add scatter_add".split())
@@ -37,7 +37,7 @@ _MAX_WALK = 64
 
 @dataclass(frozen=True)
 class Back:
-    """One step from a value to the value that it carries on. ``kind``: same, layout, scale, gate or norm."""
+    """One step from a value to the value that it carries on. ``kind``: same, layout, scale, shift, gate or norm."""
 
     node: fx.Node
     kind: str
@@ -97,6 +97,9 @@ def _through_arithmetic(flow: Dataflow, node: fx.Node, inputs: list[fx.Node], na
         if not any(flow.is_activation(n) for n in others):
             yield Back(value, "scale")
             continue
+        if name in _SHIFT_OPS and not any(flow.depends(n, value) or flow.depends(value, n) for n in others):
+            yield Back(value, "shift")
+            continue
         per_token = all((shape_of(n) or (0,))[-1] == 1 for n in others if shape_of(n))
         if per_token and all(flow.depends(n, _source(flow, value)) for n in others):
             yield Back(value, "norm")
@@ -130,6 +133,8 @@ def _same_shape(value: fx.Node, node: fx.Node) -> bool:
 class _Operand:
     nodes: tuple[fx.Node, ...]
     exact: bool
+    carries: bool = True
+    """Whether the operand may be the stream: added with a positive sign, not one factor of a product."""
 
 
 def _operands(flow: Dataflow, node: fx.Node) -> list[_Operand]:
@@ -142,15 +147,15 @@ def _operands(flow: Dataflow, node: fx.Node) -> list[_Operand]:
     args += [by_name[a] for a in node.kwargs.values() if isinstance(a, fx.Node) and a in by_name and _is_float(by_name[a])]
     if len(args) < 2:
         return []
+    if any((shape_of(a) or (0,))[-1] != (shape_of(node) or (0,))[-1] for a in args[:2]):
+        return []
     head, rest = args[0], tuple(args[1:])
     if name == "add":
         plain = node.kwargs.get("alpha", 1) == 1
         return [_Operand((head,), True), _Operand((args[1],), plain)]
     if name == "rsub":
-        return [_Operand((head,), False), _Operand((args[1],), True)]
-    if name == "lerp":
-        return [_Operand((head,), False), _Operand(rest, False)]
-    return [_Operand((head,), True), _Operand(rest, False)]
+        return [_Operand((head,), False, carries=False), _Operand((args[1],), True)]
+    return [_Operand((head,), name != "lerp"), _Operand(rest, False, carries=False)]
 
 
 class ResidualGraph:
@@ -172,7 +177,7 @@ class ResidualGraph:
         for i, skip in enumerate(operands):
             branch = tuple(n for j, other in enumerate(operands) if j != i for n in other.nodes)
             exact = all(other.exact for j, other in enumerate(operands) if j != i)
-            for start in skip.nodes if len(skip.nodes) == 1 else ():
+            for start in skip.nodes if skip.carries else ():
                 walk = self._fork(start, branch, node)
                 if walk is not None:
                     path, absorbed = walk
@@ -194,11 +199,12 @@ class ResidualGraph:
             if any(self.flow.depends(b, value) or b is value for b in branch) and shape_of(value):
                 if _numel(shape_of(value)) == _numel(shape_of(add)):
                     return path, absorbed
-            steps = [b.node for b in passes_back(self.flow, value) if b.kind != "norm"]
+            steps = [b.node for b in passes_back(self.flow, value) if b.kind not in ("norm", "shift")]
             inner = self.writes.get(value)
             passed = absorbed
-            if inner is not None and inner.kind == "residual" and len(self.flow.users[value]) == 1:
-                steps, passed = [inner.skip[-1]], (*absorbed, inner)
+            if inner is not None and len(self.flow.users[value]) == 1:
+                steps = [inner.skip[-1]]
+                passed = (*absorbed, inner) if inner.kind == "residual" else absorbed
             for step in steps:
                 if step not in seen:
                     seen.add(step)
@@ -216,10 +222,10 @@ class ResidualGraph:
         older: set[fx.Node] = set()
         step: Write | None = last
         while step is not None:
-            older.update(step.path)
             older.update(step.skip)
             if "norm" in step.path_kinds:
                 break
+            older.update(step.path)
             step = step.previous
         if write.fork not in older or self.flow.depends(write.fork, last.node):
             return None
@@ -247,7 +253,7 @@ class ResidualGraph:
     def _link(self, write: Write) -> None:
         if write.kind == "skip":
             return
-        reached = self._write_behind(write.fork, ("same", "scale", "gate", "layout", "norm"))
+        reached = self._write_behind(write.fork, ("same", "scale", "shift", "gate", "layout", "norm"))
         if reached is None:
             write.path = [write.fork]
         else:

@@ -30,27 +30,30 @@ class Segment:
     skip_chain: list[fx.Node]
     """From the previous write (or the stem) to the add, so that neighbours are a value and its reader."""
 
-    def counts(self, node: fx.Node) -> bool:
-        """Whether the node is a step of the stream after its first value."""
-        return node in self.skip_chain[1:]
-
 
 def segments_of(flow: Dataflow, writes: list[Write], blocks: list[Block]) -> dict[int, Segment]:
     """Segment of each write, by ``id(write)``, in order."""
     block_of = {id(b.write): block for block in blocks for b in block.branches}
     result: dict[int, Segment] = {}
+    before: Segment | None = None
     for i, write in enumerate(writes):
         block = block_of.get(id(write))
         following = writes[i + 1] if i + 1 < len(writes) else None
         fork_after = following.fork if following is not None else _tail(flow, write, writes, block)
-        result[id(write)] = Segment(
+        again = before is not None and _looped(block_of.get(id(before.write)), block)
+        before = result[id(write)] = Segment(
             write=write,
-            entering=_entering(flow, write, block),
+            entering=before.leaving if again and before is not None else _entering(flow, write, block),
             leaving=_leaving(write, following, block, block_of, fork_after),
             fork_after=fork_after,
             skip_chain=[*write.path, *write.skip[1:], write.node],
         )
     return result
+
+
+def _looped(earlier: Block | None, block: Block | None) -> bool:
+    """Whether the same module runs twice in a row, so that its path does not tell where one run ends."""
+    return earlier is not None and block is not None and earlier is not block and earlier.key == block.key != ()
 
 
 def _inside(node: fx.Node, block: Block | None) -> bool:

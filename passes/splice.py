@@ -20,18 +20,10 @@ import torch
 from torch import fx
 
 from steer_compile.errors import LoweringError
-from steer_compile.ir import Edit, Plan, Site
+from steer_compile.ir import ROWS, SCALE, Edit, Plan, Site, bank_name
 from steer_compile.kernels.add_rows import add_rows
 from steer_compile.kernels.store_rows import store_rows
 from steer_compile.passes.dataflow import Dataflow, build_dataflow
-
-ROWS = "steer_rows"
-SCALE = "steer_scale"
-
-
-def bank_name(index: int) -> str:
-    """Buffer name of a bank."""
-    return f"steer_bank_{index}"
 
 
 def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:

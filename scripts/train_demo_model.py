@@ -1,7 +1,7 @@
 """Train the demo language model: a byte-level Llama of 5.9 million parameters on scripture and Python source.
 
-One file, needing torch, transformers and safetensors.  Reads the archive of ``demo_corpus.py``, trains until
-``--minutes`` of wall-clock time (or ``--steps``) are spent, keeps the weight average that is best on the held-out split
+One file, needing torch, transformers and safetensors.  Reads the archive of ``demo_corpus.py``, trains for ``--steps``
+steps under a learning rate that depends on the step alone, keeps the weight average that is best on the held-out split
 after rounding to bfloat16, and writes a transformers checkpoint with its record and model card.
 """
 
@@ -40,10 +40,13 @@ James Bible and Python code, and nothing else.  It has seen windows of {context}
 * Data (digests in `training.json`):
   `bible.txt`, {bible_bytes:,} bytes, {bible_licence};
   `python.txt`, {code_bytes:,} bytes, {code_licence}.
-* Training: {steps:,} steps, {tokens:,} bytes, {seconds:.0f} seconds on {device}, torch {torch}.
+* Training: the stored weights are those of step {stored_step:,} of {steps:,}: {stored_bytes:,} bytes read,
+  {stored_seconds:.0f} seconds (of {seconds:.0f}) on {device}, torch {torch}.
 * Held-out bits per byte of the stored bfloat16 weights: scripture {bpb_scripture:.3f}, code {bpb_code:.3f}.  The stored
   weights are the best of the evaluations in `training.json`, so the held-out split also chose them.
-* Reproduce: `python scripts/demo_corpus.py`, then `{command}`.
+* Reproduce: `python scripts/demo_corpus.py`, then
+  `{command}`.
+  The order of the data and the learning rate depend on the seed and the step alone; the rounding depends on the card.
 
 ## Samples (prompt in bold)
 
@@ -118,10 +121,11 @@ def build_model(tiny: bool, context: int) -> LlamaForCausalLM:
 class Loss(nn.Module):
     """Next-byte loss through the model's layers with no mask tensor, so that attention takes its causal kernel."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        """``model`` keeps its parameters; this only calls its parts."""
+    def __init__(self, model: LlamaForCausalLM, dropout: float = 0.0) -> None:
+        """``model`` keeps its parameters; this only calls its parts. ``dropout``: of what each layer adds."""
         super().__init__()
         self.model = model
+        self.dropout = dropout
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats a byte; ``ids``, ``targets``: int64 [rows, context], targets below 0 left out."""
@@ -130,7 +134,8 @@ class Loss(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rotary = core.rotary_emb(hidden, position_ids=positions)
         for layer in core.layers:
-            hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            after = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            hidden = hidden + functional.dropout(after - hidden, self.dropout) if self.dropout else after
         logits = self.model.lm_head(core.norm(hidden)).float()
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
@@ -203,11 +208,13 @@ class Trainer:
         self.best_bits = math.inf
         matrices = [one for one in self.model.parameters() if one.ndim == 2]
         vectors = [one for one in self.model.parameters() if one.ndim != 2]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        decay = options.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=fused)
         self.curve: list[dict[str, float]] = []
         self.steps = 0
+        self.stored: dict[str, float] = {}
 
     def elapsed(self) -> float:
         """Seconds since the start, with the device idle."""
@@ -222,11 +229,11 @@ class Trainer:
         rows = {"scripture": scripture, "code": options.batch - scripture}
         return inputs_targets(torch.cat([self.corpora[style].draw(rows[style], options.context) for style in rows]))
 
-    def step(self, loss: nn.Module, progress: float) -> Tensor:
-        """One update at ``progress`` in [0, 1] of the run; returns the loss in nats a byte."""
+    def step(self, loss: nn.Module) -> Tensor:
+        """One update, with a learning rate that rises, then falls to zero as a cosine; the loss in nats a byte."""
         options = self.options
         warm = min(1.0, (self.steps + 1) / options.warmup)
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        cosine = 0.5 * (1 + math.cos(math.pi * self.steps / options.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * warm * cosine
         ids, targets = self.batch()
@@ -247,34 +254,28 @@ class Trainer:
         for target, source in zip(self.rounded.parameters(), self.average, strict=True):
             target.copy_(source)
         bits = evaluate(self.rounded, self.corpora, self.options.context)
+        seen = {"step": self.steps, "seconds": round(self.elapsed(), 1)}
         if sum(bits.values()) < self.best_bits:
             self.best_bits = sum(bits.values())
             self.best.load_state_dict(self.rounded.state_dict())
+            self.stored = {**seen, "bytes": self.steps * self.options.batch * self.options.context}
         row = {f"heldout_{style}": value for style, value in bits.items()}
         row["train_bits"] = round(train_loss / math.log(2), 4)
-        self.curve.append({"step": self.steps, "seconds": round(self.elapsed(), 1), **row})
+        self.curve.append({**seen, **row})
         print(json.dumps(self.curve[-1]), flush=True)
 
     def run(self) -> None:
-        """Train until the time or the steps are spent, measuring every ``--eval-seconds``."""
+        """Train for all steps, measuring every ``--eval-steps`` and at the end."""
         options = self.options
-        loss: nn.Module = Loss(self.model)
+        loss: nn.Module = Loss(self.model, options.dropout)
         if options.compile and not options.tiny:
             loss = cast(nn.Module, torch.compile(loss, dynamic=False))
-        deadline = options.minutes * 60.0
-        value = self.step(loss, 0.0)
-        start = now = checked = self.elapsed()
-        print(f"first step after {start:.1f} s, {value.item():.3f} nats", flush=True)
-        while now < deadline and (not options.steps or self.steps < options.steps):
-            by_steps = self.steps / options.steps if options.steps else 0.0
-            for _ in range(1 if options.tiny else 20):
-                now = time.perf_counter() - self.began
-                value = self.step(loss, max(by_steps, (now - start) / max(deadline - start, 1e-9)))
-            now = self.elapsed()
-            if now - checked >= options.eval_seconds:
+        while self.steps < options.steps:
+            value = self.step(loss)
+            if self.steps == 1:
+                print(f"first step after {self.elapsed():.1f} s, {value.item():.3f} nats", flush=True)
+            if self.steps % options.eval_steps == 0 or self.steps == options.steps:
                 self.check(value.item())
-                now = checked = self.elapsed()
-        self.check(value.item())
 
     def report(self, stored: LlamaForCausalLM, seconds: float) -> dict[str, Any]:
         """The record of the run of ``seconds``; ``stored``: the checkpoint as read back, measured and sampled here."""
@@ -289,6 +290,7 @@ class Trainer:
             },
             "settings": {key: str(value) for key, value in vars(options).items() if key not in ("corpus", "out")},
             "parameters": sum(one.numel() for one in stored.parameters()),
+            "stored": self.stored,
             "steps": self.steps,
             "tokens": tokens,
             "seconds": round(seconds, 1),
@@ -312,10 +314,18 @@ def model_card(report: dict[str, Any], config: Any, context: int, command: str) 
         heads=config.num_attention_heads, kv=config.num_key_value_heads, context=context,
         bible_bytes=files["bible.txt"]["bytes"], bible_licence=files["bible.txt"]["licence"],
         code_bytes=files["python.txt"]["bytes"], code_licence=files["python.txt"]["licence"],
-        steps=report["steps"], tokens=report["tokens"], seconds=report["seconds"], device=report["device"],
+        stored_step=report["stored"]["step"], stored_bytes=report["stored"]["bytes"], steps=report["steps"],
+        stored_seconds=report["stored"]["seconds"], seconds=report["seconds"], device=report["device"],
         torch=report["versions"]["torch"], bpb_scripture=bits["scripture"], bpb_code=bits["code"],
         command=command, samples="\n".join(samples).rstrip(),
     )  # fmt: skip
+
+
+def reproduce(options: argparse.Namespace) -> str:
+    """The command that trains the same model."""
+    names = "steps batch context scripture_share lr weight_decay dropout warmup ema eval_steps seed"
+    settings = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names.split())
+    return f"python scripts/train_demo_model.py {settings}"
 
 
 def style_notes(path: Path) -> dict[str, str]:
@@ -331,21 +341,23 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, default=Path(".gpu/demo_corpus.tar.xz"))
     parser.add_argument("--out", type=Path, default=Path("models/demo"))
-    parser.add_argument("--minutes", type=float, default=7.0, help="wall-clock time until training ends")
-    parser.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: by time alone)")
+    parser.add_argument("--steps", type=int, default=2600, help="updates; the learning rate ends at zero")
     parser.add_argument("--batch", type=int, default=256, help="windows a step")
     parser.add_argument("--context", type=int, default=512, help="bytes a window")
-    parser.add_argument("--scripture-share", type=float, default=0.25)
+    parser.add_argument("--scripture-share", type=float, default=0.22)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.0, help="share of what each layer adds that is left out")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--eval-seconds", type=float, default=30.0)
+    parser.add_argument("--eval-steps", type=int, default=200, help="steps between two evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a small model, batch and context for a quick check")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     if options.tiny:
         options.batch, options.context, options.warmup = 8, 64, 5
+        options.steps, options.eval_steps = min(options.steps, 30), 10
     return options
 
 
@@ -361,18 +373,17 @@ def main() -> None:
     weights.chmod(0o644)
     stored = LlamaForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16).to(trainer.device).eval()
     report = trainer.report(stored, seconds)
+    report["command"] = reproduce(options)
     report["style_scorer"] = style_notes(Path("models/demo/style.safetensors"))
     report["model_bytes"] = weights.stat().st_size
     report["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     (options.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    shown = ("minutes", "steps", "batch", "context", "scripture_share", "lr", "ema", "seed")
-    settings = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in shown)
-    card = model_card(report, stored.config, options.context, f"python scripts/train_demo_model.py {settings}")
+    card = model_card(report, stored.config, options.context, report["command"])
     (options.out / "MODEL_CARD.md").write_text(card)
     for one in report["samples"]:
         print(f"--- {one['style']}, {one['decoding']}\n{one['prompt']}{one['text']}")
-    summary = {key: report[key] for key in ("steps", "tokens", "seconds", "tokens_per_second", "heldout_bits_per_byte")}
-    print(json.dumps({**summary, "model_bytes": report["model_bytes"], "parameters": report["parameters"]}))
+    shown = "stored steps tokens seconds tokens_per_second heldout_bits_per_byte model_bytes parameters"
+    print(json.dumps({key: report[key] for key in shown.split()}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class SteerBackend:
         self._spec = spec
         self._inner = inner
         self._kwargs = kwargs
+        self._partial = False
         self.runtime = Runtime(spec)
         self.tables: list[SiteTable] = []
         self.plans: list[Plan] = []
@@ -66,7 +67,8 @@ class SteerBackend:
         self.plans.clear()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        partial = torch_compat.is_partial(gm)
+        self._partial |= torch_compat.is_partial(gm)
+        partial = self._partial
         try:
             table = find_sites(gm, partial)
             run = self._instrument(gm, table, example_inputs)
@@ -80,7 +82,7 @@ class SteerBackend:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
         """Splice the plan into ``gm``; returns what wraps the compiled graph, or None for a part without sites."""
         if not table.sites:
-            if table.partial:
+            if table.partial or not _computes_with_weights(gm):
                 return None
             reason = table.misses[0].reason if table.misses else "no residual stream"
             raise SiteNotFound(f"no site in this model: {reason}; see `steer-compile sites` for what exists")
@@ -146,6 +148,12 @@ def _refusal(error: SteerError) -> Callable[..., Any]:
         raise error.with_traceback(None)
 
     return refuse
+
+
+def _computes_with_weights(gm: fx.GraphModule) -> bool:
+    """Whether the graph could be a model: at least two projections. Masks and position tables are graphs too."""
+    names = [str(n.target) if isinstance(n.target, str) else repr(n.target) for n in gm.graph.nodes if n.op.startswith("call")]
+    return sum("linear" in n or "matmul" in n or "conv" in n or "addmm" in n or "mm" in n for n in names) >= 2
 
 
 def _device(gm: fx.GraphModule, plan: Plan, inputs: Sequence[Any]) -> torch.device:

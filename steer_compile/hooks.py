@@ -49,7 +49,7 @@ def parse_hook(name: str) -> str:
     Raises:
         SpecError: the name is neither a hook nor a known alias.
     """
-    hook = _ALIASES.get(name, name)
+    hook = _ALIASES.get(name, name) if isinstance(name, str) else ""
     if hook in HOOKS or _WRITE.fullmatch(hook):
         return hook
     raise SpecError(f"unknown hook {name!r}; the hooks are {', '.join(HOOKS)} and write_0, write_1, ...")

@@ -5,11 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = int | sympy.Expr
+ROWS = "steer_rows"
+SCALE = "steer_scale"
+"""Buffer names of the token's row index and of the rows' scales in every instrumented graph."""
+
+
+def bank_name(index: int) -> str:
+    """Buffer name of a bank."""
+    return f"steer_bank_{index}"
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,8 @@ class Plan:
 
     def text(self) -> str:
         """Golden text, debug print and compile-cache key at once."""
-        head = [f"tokens: {self.max_tokens}"]
-        return "\n".join([*head, *(f"bank {i} {b.text()}" for i, b in enumerate(self.banks)), *(e.text() for e in self.edits)])
+        banks = [f"bank {i} {bank.text()}" for i, bank in enumerate(self.banks)]
+        return "\n".join([f"tokens: {self.max_tokens}", *banks, *(edit.text() for edit in self.edits)])
 
     def digest(self) -> str:
         """Hex digest of `text`."""

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import tomli_w
 import torch
@@ -14,7 +14,8 @@ import torch
 from steer_compile.errors import SpecError
 from steer_compile.hooks import parse_hook
 
-Layers = str | tuple[int, ...]
+Layers: TypeAlias = str | tuple[int, ...]
+LayersLike: TypeAlias = str | int | Iterable[int]
 OP_FAMILIES = ("add",)
 PLACEMENTS = ("before_norm", "after_norm")
 RESERVED_ROWS = 3
@@ -33,21 +34,27 @@ def parse_layers(value: object) -> Layers:
     if value == "all":
         return "all"
     numbers: list[int] = []
-    if isinstance(value, bool):
+    if isinstance(value, bool | Mapping) or not isinstance(value, int | Iterable):
         raise SpecError(f"layers={value!r} is not a layer selection; use 'all', a number, a list or '0-3,7'")
     if isinstance(value, int):
         numbers = [value]
     elif isinstance(value, str):
         for part in value.split(","):
             numbers += _parse_part(part.strip(), value)
-    elif isinstance(value, Iterable):
+    else:
         for item in value:
             if isinstance(item, bool) or not isinstance(item, int):
-                raise SpecError(f"layers={value!r} holds {item!r}, which is not a layer number")
+                raise SpecError(f"layers={value!r} holds {item!r}, which is no layer number; give whole numbers")
             numbers.append(item)
     if not numbers:
         raise SpecError(f"layers={value!r} selects no layer; use 'all', a number, a list or '0-3,7'")
     return tuple(dict.fromkeys(numbers))
+
+
+def _capacity(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{name}={value!r} is no capacity; give a whole number of at least 1")
+    return value
 
 
 def _parse_part(part: str, whole: str) -> list[int]:
@@ -63,31 +70,41 @@ def _parse_part(part: str, whole: str) -> list[int]:
             return list(range(int(part[0] + head), int(tail) + 1))
         return [int(part)]
     except (ValueError, IndexError) as error:
-        raise SpecError(f"layers={whole!r} cannot be read at {part!r}; write for example '0-3,7,-1' or '2:8:2'") from error
+        text = f"layers={whole!r} cannot be read at {part!r}; write for example '0-3,7,-1' or '2:8:2'"
+        raise SpecError(text) from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class HookSelection:
-    """One hook at some layers. ``ops`` are the op families that a steered hook may use."""
+    """One hook at some layers. ``ops`` are the op families that a steered hook may use.
+
+    Raises:
+        SpecError: an unknown hook or op family, or layers that `parse_layers` cannot read.
+    """
 
     hook: str
-    layers: Layers = "all"
-    ops: tuple[str, ...] = OP_FAMILIES
+    layers: Layers
+    ops: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hook", parse_hook(self.hook))
-        object.__setattr__(self, "layers", parse_layers(self.layers))
-        unknown = [op for op in self.ops if op not in OP_FAMILIES]
-        if unknown or not self.ops:
-            raise SpecError(f"{self.hook}: unknown op family {unknown or '()'}; the families are {', '.join(OP_FAMILIES)}")
-        object.__setattr__(self, "ops", tuple(self.ops))
+    def __init__(self, hook: str, layers: LayersLike = "all", ops: str | Iterable[str] = OP_FAMILIES) -> None:
+        families = (ops,) if isinstance(ops, str) else tuple(ops)
+        object.__setattr__(self, "hook", parse_hook(hook))
+        object.__setattr__(self, "layers", parse_layers(layers))
+        object.__setattr__(self, "ops", families)
+        unknown = [op for op in families if op not in OP_FAMILIES]
+        if unknown or not families:
+            known = ", ".join(OP_FAMILIES)
+            raise SpecError(f"{self.hook}: unknown op family {unknown or '()'}; the families are {known}")
 
     def to_dict(self) -> dict[str, Any]:
         layers: Any = self.layers if isinstance(self.layers, str) else list(self.layers)
         return {"hook": self.hook, "layers": layers, "ops": list(self.ops)}
 
 
-@dataclass(frozen=True)
+Selections: TypeAlias = str | HookSelection | Iterable[str | HookSelection | Mapping[str, Any]]
+
+
+@dataclass(frozen=True, init=False)
 class SteerSpec:
     """Which hook points are steered and captured, and how much room there is. Frozen and hashable.
 
@@ -105,35 +122,43 @@ class SteerSpec:
         SpecError: an unknown hook, layer selection, dtype or placement, or a capacity below one.
     """
 
-    steer: tuple[HookSelection, ...] = ()
-    capture: tuple[HookSelection, ...] = ()
-    layers: Layers = "all"
-    rows: int = 8
-    max_tokens: int = 8192
-    dtype: str | None = None
-    placement: str = "before_norm"
+    steer: tuple[HookSelection, ...]
+    capture: tuple[HookSelection, ...]
+    layers: Layers
+    rows: int
+    max_tokens: int
+    dtype: str | None
+    placement: str
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", parse_layers(self.layers))
-        object.__setattr__(self, "steer", self._selections(self.steer, "steer"))
-        object.__setattr__(self, "capture", self._selections(self.capture, "capture"))
+    def __init__(
+        self,
+        steer: Selections = (),
+        capture: Selections = (),
+        layers: LayersLike = "all",
+        rows: int = 8,
+        max_tokens: int = 8192,
+        dtype: str | torch.dtype | None = None,
+        placement: str = "before_norm",
+    ) -> None:
+        object.__setattr__(self, "layers", parse_layers(layers))
+        object.__setattr__(self, "steer", self._selections(steer, "steer"))
+        object.__setattr__(self, "capture", self._selections(capture, "capture"))
         if not self.steer and not self.capture:
             raise SpecError("the spec names no hook; give steer=('post_block',) or capture=('post_block',)")
-        for name in ("rows", "max_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SpecError(f"{name}={value!r} must be a whole number of at least 1")
-        dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
-        if dtype is not None and dtype not in _DTYPES:
-            raise SpecError(f"dtype={self.dtype!r} is no table dtype; choose one of {', '.join(_DTYPES)} or None")
-        object.__setattr__(self, "dtype", dtype)
-        if self.placement not in PLACEMENTS:
-            raise SpecError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
+        object.__setattr__(self, "rows", _capacity("rows", rows))
+        object.__setattr__(self, "max_tokens", _capacity("max_tokens", max_tokens))
+        name = str(dtype).removeprefix("torch.") if dtype is not None else None
+        if name is not None and name not in _DTYPES:
+            raise SpecError(f"dtype={dtype!r} is no table dtype; choose one of {', '.join(_DTYPES)} or None")
+        object.__setattr__(self, "dtype", name)
+        if placement not in PLACEMENTS:
+            raise SpecError(f"placement={placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
+        object.__setattr__(self, "placement", placement)
 
     def _selections(self, given: object, what: str) -> tuple[HookSelection, ...]:
-        items = (given,) if isinstance(given, str | HookSelection) else given
+        items = (given,) if isinstance(given, str | HookSelection | Mapping) else given
         if not isinstance(items, Iterable):
-            raise SpecError(f"{what}={given!r} is not a list of hooks")
+            raise SpecError(f"{what}={given!r} is no list of hooks; give for example {what}=('post_block',)")
         chosen: dict[str, HookSelection] = {}
         for item in items:
             selection = self._selection(item)
@@ -148,8 +173,7 @@ class SteerSpec:
         if isinstance(item, str):
             return HookSelection(item, self.layers)
         if isinstance(item, Mapping) and set(item) <= {"hook", "layers", "ops"} and "hook" in item:
-            ops = tuple(item.get("ops", OP_FAMILIES))
-            return HookSelection(item["hook"], item.get("layers", self.layers), ops)
+            return HookSelection(item["hook"], item.get("layers", self.layers), item.get("ops", OP_FAMILIES))
         raise SpecError(f"{item!r} is no hook selection; give a hook name or HookSelection(hook, layers)")
 
     def table_dtype(self, stream: torch.dtype) -> torch.dtype:
@@ -196,9 +220,9 @@ class SteerSpec:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise SpecError(f"the spec is not JSON: {error}") from error
+            raise SpecError(f"the spec is not JSON: {error}; write what SteerSpec.to_json gives") from error
         if not isinstance(data, dict):
-            raise SpecError("the spec is not a JSON object")
+            raise SpecError(f"the spec is a JSON {type(data).__name__}; give an object such as {{\"steer\": [\"post_block\"]}}")
         return cls.from_dict(data)
 
     def to_toml(self) -> str:
@@ -210,4 +234,4 @@ class SteerSpec:
         try:
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"the spec is not TOML: {error}") from error
+            raise SpecError(f"the spec is not TOML: {error}; write what SteerSpec.to_toml gives") from error

@@ -53,7 +53,7 @@ def close(left: torch.Tensor, right: torch.Tensor) -> bool:
 def check_type(model_type: str, inner: str = "eager") -> Record:
     """Fill the record of one type. Never raises for a model that does not work: the reason says why."""
     record = Record(model_type, class_name(model_type))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -70,18 +70,19 @@ def _check(record: Record, inner: str) -> None:
     model = tiny_model(record.type)
     inputs = tiny_inputs(model, record.type)
     reference = reference_states(model, inputs)
-    plain = torch.compile(model, backend=inner)
+    whole = _one_graph(model, inputs)
+    plain = torch.compile(model, backend=inner, fullgraph=whole)
     base = logits_of(plain(**inputs))
     record.compiles = close(base, reference.logits)
     if not record.compiles:
         record.reason = "the compiled model's logits differ from eager without any steering"
-    torch._dynamo.reset()
+    torch.compiler.reset()
     tokens = reference.logits.shape[0] * reference.post[0].shape[-2] * 8
     spec = SteerSpec(
         steer=("post_block", "pre_attn"), capture=("post_block", "pre_attn"), rows=2, max_tokens=max(1024, tokens)
     )
     backend = steer_backend(spec, inner=inner)
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend=backend, fullgraph=whole)
     record.sites = False
     with backend.runtime.capture() as log:
         idle = logits_of(compiled(**inputs))
@@ -93,6 +94,17 @@ def _check(record: Record, inner: str) -> None:
     record.sites = True
     record.capture = _captures_match(record, log, reference)
     record.steer = _steers(record, model, inputs, backend, compiled)
+
+
+def _one_graph(model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether the model traces as one graph; the others are compiled in parts."""
+    try:
+        torch.compile(model, backend="eager", fullgraph=True)(**inputs)
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    finally:
+        torch.compiler.reset()
+    return True
 
 
 def _captures_match(record: Record, log: Any, reference: Reference) -> bool:

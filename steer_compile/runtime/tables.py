@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 
 from steer_compile.errors import SiteNotFound, VectorError
-from steer_compile.ir import Bank
-from steer_compile.passes.splice import ROWS, SCALE, bank_name
+from steer_compile.ir import ROWS, SCALE, Bank, bank_name
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import RESERVED_ROWS, SteerSpec
 
