@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
@@ -21,6 +21,8 @@ class Kernels:
     """What ran on the GPU in one call, copies between host and device left out."""
 
     microseconds: float
+    generated: float
+    """Microseconds of the kernels that Inductor wrote, without the library's matrix products and attention."""
     count: float
     names: Counter[str]
 
@@ -32,11 +34,19 @@ def kernels(call: Call, calls: int) -> Kernels:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     found = [e for e in results.events() if e.device_type() == DeviceType.CUDA]
     found = [e for e in found if not e.name().startswith(_COPIES)]
     names = Counter(e.name() for e in found)
-    return Kernels(sum(e.duration_ns() for e in found) / 1e3 / calls, len(found) / calls, names)
+    total, generated = (
+        sum(e.duration_ns() for e in found),
+        sum(e.duration_ns() for e in found if _is_generated(e.name())),
+    )
+    return Kernels(total / 1e3 / calls, generated / 1e3 / calls, len(found) / calls, names)
+
+
+def _is_generated(name: str) -> bool:
+    return name.startswith("triton_")
 
 
 def wall_and_host(call: Call, calls: int) -> tuple[float, float]:
@@ -78,7 +88,7 @@ def copy_bandwidth(gibibytes: int = 2, repeats: int = 20) -> float:
         last.record()
         last.synchronize()
         times.append(first.elapsed_time(last))
-    return 2 * source.numel() / (statistics.median(times) * 1e-3) / 1e12
+    return 2 * source.numel() / (float(statistics.median(times)) * 1e-3) / 1e12
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from steer_compile import SteerBackend, SteerSpec, Steering, steer_backend
+from steer_compile import SteerBackend, Steering, SteerSpec, steer_backend
 from steer_compile.runtime.vectors import VectorSet, vector_set
 
 HOOKS = ("post_attn", "post_block")
@@ -59,7 +59,8 @@ def build_model(layers: int, device: torch.device, tiny: bool = False) -> LlamaF
     width, inner, heads, vocabulary = (64, 128, 4, 256) if tiny else (2048, 8192, 32, 32000)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 4, max_position_embeddings=4096, attn_implementation="sdpa",
+        num_attention_heads=heads, num_key_value_heads=heads // 4, max_position_embeddings=4096,
+        attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
@@ -86,7 +87,7 @@ def forward_step(model: Any, ids: Tensor, cache: Any) -> Tensor:
     return logits
 
 
-def own_code(function: types.FunctionType, name: str) -> types.FunctionType:
+def own_code(function: Any, name: str) -> Callable[..., Tensor]:
     """The function with a code object of its own, so that Dynamo keeps its compiled graphs apart."""
     return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
 

@@ -2,14 +2,14 @@
 
     h'[t] = round(float(h[t]) + float(T[row[t]]) * scale[row[t]])
 
-All arithmetic in fp32, one rounding to the stream dtype at the end. Row 0 of ``T`` is zeros, so an unsteered token
-keeps its value. A pointwise term like this needs no kernel of its own: Inductor folds it into the kernel that writes
-the stream (measured: no extra kernel, see docs/performance.md), so its lowering is the reference itself.
+All arithmetic in fp32 (fp64 where the stream is fp64), one rounding to the stream dtype at the end. Row 0 of ``T`` is
+zeros, so an unsteered token keeps its value. A pointwise term like this needs no kernel of its own: Inductor folds it
+into the kernel that writes the stream (measured: no extra kernel, see docs/performance.md), so its lowering is the
+reference itself.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -25,8 +25,8 @@ def add_rows(h: Tensor, table: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
     Returns:
         Tensor like ``h``.
     """
-    term = table[rows].to(torch.float32) * scale[rows].unsqueeze(-1)
-    return (h.to(torch.float32) + term).to(h.dtype)
+    term = table[rows] * scale[rows].unsqueeze(-1)  # fp32: a product with an fp32 tensor is at least that
+    return (h + term).to(h.dtype)
 
 
 def add_rows_fp64(h: Tensor, table: Tensor, rows: Tensor, scale: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
     C[t] = h[t]        t in the order of the batch: element by element, position by position
 
-The store is a real mutation of a persistent buffer, so it is neither removed as dead nor moved behind the steer.
+The store is a real mutation of a persistent buffer, so it is neither removed as dead nor moved behind the steer. The
+buffer takes no part in autograd: a training step captures values without keeping its graph alive.
 """
 
 from __future__ import annotations
@@ -21,4 +22,4 @@ def store_rows(h: Tensor, buffer: Tensor, tokens: int) -> Tensor:
     Returns:
         The written part of the buffer.
     """
-    return buffer.narrow(0, 0, tokens).copy_(h.reshape(tokens, h.size(-1)))
+    return buffer.narrow(0, 0, tokens).copy_(h.detach().reshape(tokens, h.size(-1)))

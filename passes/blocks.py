@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from steer_compile.passes.dataflow import Dataflow, is_state, module_path, op_name
+from steer_compile.passes.dataflow import Dataflow, is_state, module_path, op_name, shape_of
 from steer_compile.passes.residual import Write
-from steer_compile.passes.spine import token_mixing
+from steer_compile.passes.spine import is_learned, token_mixing
 
 Path = tuple[str, ...]
+_WEIGHTY = frozenset("linear matmul bmm addmm baddbmm einsum conv1d scaled_dot_product_attention layer_norm".split())
 
 
 @dataclass
@@ -68,14 +69,22 @@ def describe_branch(flow: Dataflow, write: Write) -> Branch:
     region = [n for n in region if n not in on_skip]
     if write.kind == "skip":
         return Branch(write, [], "", (), frozenset())
-    owners = [p for p in map(module_path, region) if p]
-    owner = _common(owners)
+    owner = _owner(region)
     parameters = frozenset(
         v for n in region for v in flow.inputs[n] if is_state(v) and op_name(n) not in ("to", "_to_copy")
     )
     branch = Branch(write, region, token_mixing(flow, region), owner, parameters)
     branch.terms = _terms(flow, write)
+    if not _indexed(branch.owner):
+        owners = {tuple(_indexed(o)[:1]): o for o in (_owner(t.region) for t in branch.terms) if _indexed(o)}
+        branch.owner = next(iter(owners.values())) if len(owners) == 1 else ()
     return branch
+
+
+def _owner(region: list[fx.Node]) -> Path:
+    """Module that computed the region, told by its projections: masks and casts may come from elsewhere."""
+    weighty = [n for n in region if op_name(n) in _WEIGHTY and module_path(n)] or region
+    return _common([p for p in map(module_path, weighty) if p])
 
 
 def _terms(flow: Dataflow, write: Write) -> list[Term]:
@@ -130,7 +139,7 @@ def group_blocks(flow: Dataflow, writes: list[Write]) -> tuple[list[Block], list
             branch.mixing = ""
     keys = _keys(branches)
     if any(keys):
-        return _by_module(branches, keys)
+        return _by_module(flow, branches, keys)
     return _by_kind(branches), []
 
 
@@ -162,19 +171,30 @@ def _runs(keys: list[Path | None]) -> list[tuple[int, int]]:
     return list(zip(cuts, cuts[1:], strict=False))
 
 
-def _by_module(branches: list[Branch], keys: list[Path | None]) -> tuple[list[Block], list[Branch]]:
+def _by_module(
+    flow: Dataflow, branches: list[Branch], keys: list[Path | None]
+) -> tuple[list[Block], list[Branch]]:
     blocks: list[Block] = []
     loose: list[Branch] = []
-    family = _family(keys)
+    family, lone = _family(keys), _memory_readers(flow, branches, keys)
+    waiting: list[Branch] = []
     for start, stop in _runs(keys):
         key = keys[start]
         run = branches[start:stop]
         if key is None or key[:-1] not in family:
             loose += run
             continue
+        if key[:-1] in lone:
+            waiting += run
+            continue
         outside = [b for b in run if b.write.kind == "skip" and module_path(b.write.node)[: len(key)] != key]
-        loose += outside
-        blocks += [Block(part, key) for part in _split_loops([b for b in run if b not in outside])]
+        parts = _split_loops([b for b in run if b not in outside])
+        if waiting:
+            parts[0] = [*waiting, *outside, *parts[0]]
+            waiting = []
+        else:
+            loose += outside
+        blocks += [Block(part, key) for part in parts]
     return blocks, loose
 
 
@@ -186,6 +206,25 @@ def _family(keys: list[Path | None]) -> set[Path]:
             counts[key[:-1]] = counts.get(key[:-1], 0) + 1
     most = max(counts.values())
     return {c for c, n in counts.items() if n > 1 or most == 1}
+
+
+def _memory_readers(flow: Dataflow, branches: list[Branch], keys: list[Path | None]) -> set[Path]:
+    """Containers of lone cross-attention writes beside containers of whole blocks: each belongs to the next block."""
+    by_container: dict[Path, list[list[Branch]]] = {}
+    for start, stop in _runs(keys):
+        key = keys[start]
+        if key is not None:
+            by_container.setdefault(key[:-1], []).append([b for b in branches[start:stop] if b.write.kind != "skip"])
+    whole = {c for c, runs in by_container.items() if any(len({bool(b.mixing) for b in run}) > 1 for run in runs)}
+    lone = {c for c, runs in by_container.items() if all(len(run) == 1 and _reads_memory(flow, run[0]) for run in runs)}
+    return lone if whole else set()
+
+
+def _reads_memory(flow: Dataflow, branch: Branch) -> bool:
+    """Whether the branch mixes the stream with a sequence that is not computed from it: cross-attention."""
+    inside = {*branch.region, branch.write.fork}
+    values = {v for n in branch.region for v in flow.inputs[n] if v not in inside and len(shape_of(v) or ()) >= 3}
+    return bool(branch.mixing) and any(is_learned(flow, v) for v in values)
 
 
 def _split_loops(run: list[Branch]) -> list[list[Branch]]:

@@ -109,6 +109,8 @@ class Dataflow:
         return bool((self.ancestors[i] | 1 << i) & self._data_mask)
 
     _data_mask: int = 0
+    learned: int | None = None
+    """Mask of projections and embeddings, filled by the first pass that asks."""
 
 
 def is_state(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from torch import fx
 from steer_compile.ir import Miss, Site, SiteTable
 from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
 from steer_compile.passes.branch_ends import branch_input
-from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path
 from steer_compile.passes.layout import dims_of, layout_of, permutation, stem_order
 from steer_compile.passes.residual import ResidualGraph, Write
 from steer_compile.passes.segments import Segment, segments_of
@@ -39,14 +39,17 @@ def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
         return SiteTable(misses=(Miss(None, "*", spine.reason, spine.near),), partial=partial)
     blocks, loose = group_blocks(flow, spine.writes)
     hazard = _hazard(flow, spine.writes)
-    if hazard or not blocks:
+    homeless = next((b for b in loose if b.mixing and b.write.kind != "skip" and not b.owner), None)
+    if hazard or homeless or not blocks:
         reason = hazard or "the residual writes of this graph belong to no block"
+        if homeless and not hazard:
+            reason = f"the mixer branch added at {homeless.write.node.name} belongs to no block, so layers cannot be numbered"
         return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
     builder = _Builder(flow, segments_of(flow, spine.writes, blocks))
-    numbers = _numbers(blocks, partial)
+    numbers = _numbers(blocks, partial or _begins_at_a_block(flow, blocks))
     if numbers is None:
-        reason = "the graph begins inside a block, so its layer number is unknown; remove the graph break in the block"
-        return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
+        reason = "the graph begins at or inside a block, so its layer number is unknown; remove the graph break in the block"
+        return SiteTable(misses=(Miss(None, "*", reason),), partial=True)
     for number, block in zip(numbers, blocks, strict=True):
         builder.add_block(number, block)
     for branch in loose:
@@ -60,6 +63,16 @@ def _numbers(blocks: list[Block], partial: bool) -> list[int] | None:
         return list(range(len(blocks)))
     indices = [int(b.key[-1]) for b in blocks if b.key and b.key[-1].isdigit()]
     return indices if len(indices) == len(blocks) and len(set(indices)) == len(indices) else None
+
+
+def _begins_at_a_block(flow: Dataflow, blocks: list[Block]) -> bool:
+    """Whether the stream is an argument of a graph of modules without layer indices: one block's own function.
+
+    Such a graph is compiled when the model around the block cannot be traced, and may serve several layers.
+    """
+    entry = blocks[0].first.path[0]
+    modules = any(module_path(n) for n in flow.nodes)
+    return entry.op == "placeholder" and modules and not any(b.key for b in blocks)
 
 
 def _hazard(flow: Dataflow, writes: list[Write]) -> str:

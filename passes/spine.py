@@ -52,11 +52,18 @@ def token_mixing(flow: Dataflow, region: list[fx.Node]) -> str:
             return "strong"
         if name in _CONV or (name in _SCAN and floating):
             return "strong"
-        if name in _CONTRACT and sum(n in inside for n in flow.inputs[node]) >= 2:
+        if name in _CONTRACT and len([n for n in flow.inputs[node] if n in inside or is_learned(flow, n)]) >= 2:
             if _behind_softmax(flow, node, inside):
                 return "strong"
             weak = "weak"
     return weak
+
+
+def is_learned(flow: Dataflow, value: fx.Node) -> bool:
+    """Whether the value is computed by projections or embeddings: a memory, not a mask or a position table."""
+    if flow.learned is None:
+        flow.learned = sum(1 << i for i, n in enumerate(flow.nodes) if op_name(n) in ("embedding", "linear"))
+    return bool(flow.ancestors[flow.order[value]] & flow.learned)
 
 
 def _behind_softmax(flow: Dataflow, node: fx.Node, inside: set[fx.Node]) -> bool:

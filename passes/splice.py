@@ -30,10 +30,12 @@ def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
     """Apply the plan to ``gm`` in place; returns the names of the buffers that the graph now reads.
 
     Raises:
-        LoweringError: a planned value is not in this graph.
+        LoweringError: a planned value is not in this graph, or the graph is spliced already.
     """
     graph = gm.graph
     by_name = {n.name: n for n in graph.nodes}
+    if any(n.op == "get_attr" and n.target == bank_name(0) for n in graph.nodes):
+        raise LoweringError("another steer_backend has instrumented this graph; give one spec with the hooks of both")
     missing = [e.site for e in plan.edits if e.site.node not in by_name]
     if missing:
         raise LoweringError(f"{missing[0].name} is planned at {missing[0].node}, which this graph does not have")

@@ -61,6 +61,10 @@ class SteerBackend:
         layers = tuple(sorted({layer for layer, _ in found}))
         return SiteTable(tuple(found.values()), tuple(misses), layers, any(t.partial for t in self.tables))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SteerBackend:
+        """A copied compiled model gets a backend of its own: the same spec, no vectors, no rows."""
+        return SteerBackend(self._spec, self._inner, dict(self._kwargs))
+
     def reset(self) -> None:
         """Called by `torch._dynamo.reset`: forget compiled graphs, keep vectors and rows."""
         self.tables.clear()
@@ -98,17 +102,17 @@ class SteerBackend:
         self.tables.append(table)
         self.plans.append(plan)
         shape = _TokenShape(gm, plan.edits[0].site)
-        layers = [e.site.layer for e in plan.edits]
-        last = not table.partial or max(layers) >= max(self.sites.layers)
-        return lambda inner: self._wrap(inner, shape, min(layers), last)
+        return lambda inner: self._wrap(inner, shape, plan)
 
-    def _wrap(self, inner: Callable[..., Any], shape: _TokenShape, first_layer: int, last: bool) -> Callable[..., Any]:
+    def _wrap(self, inner: Callable[..., Any], shape: _TokenShape, plan: Plan) -> Callable[..., Any]:
         runtime = self.runtime
+        first_layer = min(e.site.layer for e in plan.edits)
+        captured = tuple((e.site.hook, e.site.layer) for e in plan.edits if e.op == "capture")
 
         def steered_graph(*args: Any) -> Any:
             runtime.before_call(first_layer, *shape(args))
             result = inner(*args)
-            runtime.after_call(last)
+            runtime.after_call(captured)
             return result
 
         return steered_graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ OP_FAMILIES = ("add",)
 PLACEMENTS = ("before_norm", "after_norm")
 RESERVED_ROWS = 3
 """Row 0 is zeros, row 1 the global prefill tier, row 2 the global decode tier."""
+_SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)(?::(\d+))?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,20 +61,16 @@ def _capacity(name: str, value: object) -> int:
 
 
 def _parse_part(part: str, whole: str) -> list[int]:
-    try:
-        if ":" in part:
-            bounds = [int(p) if p else None for p in part.split(":")]
-            start, stop = bounds[0] or 0, bounds[1]
-            if stop is None:
-                raise ValueError("open range")
-            return list(range(start, stop, bounds[2] or 1 if len(bounds) > 2 else 1))
-        head, dash, tail = part[1:].partition("-")
-        if dash:
-            return list(range(int(part[0] + head), int(tail) + 1))
-        return [int(part)]
-    except (ValueError, IndexError) as error:
-        text = f"layers={whole!r} cannot be read at {part!r}; write for example '0-3,7,-1' or '2:8:2'"
-        raise SpecError(text) from error
+    """Numbers of ``7``, ``0-3`` (both ends included) or ``2:8:2`` (as in Python)."""
+    span, cut = _SPAN.fullmatch(part), _SLICE.fullmatch(part)
+    numbers: list[int] = []
+    if span is not None:
+        numbers = list(range(int(span[1]), int(span[2] or span[1]) + 1))
+    elif cut is not None and int(cut[3] or 1):
+        numbers = list(range(int(cut[1] or 0), int(cut[2]), int(cut[3] or 1)))
+    if not numbers or numbers[0] < 0 <= numbers[-1]:
+        raise SpecError(f"layers={whole!r} cannot be read at {part!r}; write for example '0-3,7,-1' or '2:8:2'")
+    return numbers
 
 
 @dataclass(frozen=True, init=False)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._dynamo import lookup_backend
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 
 Compiled = Callable[..., Any]
@@ -54,3 +55,15 @@ def compile_id() -> str:
     """Dynamo's name of the compilation under way, such as ``0/1``. Run on torch 2.11 and 2.13."""
     current = CompileContext.current_compile_id()
     return str(current) if current is not None else ""
+
+
+def compile_count() -> int:
+    """Graphs that Dynamo has handed to a backend in this process; a recompile adds one. Run on torch 2.13."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def kernel_count() -> int:
+    """Kernels that Inductor has generated in this process, those of its cache included. Run on torch 2.13."""
+    from torch._inductor import metrics
+
+    return int(metrics.generated_kernel_count)

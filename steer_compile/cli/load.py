@@ -82,8 +82,8 @@ def _shards(folder: Path) -> list[Path]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if not shards and pickles:
         raise CheckpointError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are read; convert them to "
-            "safetensors once, where you trust them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are read; convert them "
+            "to safetensors once, where you trust them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
         )
     for shard in shards:
         try:
@@ -152,9 +152,13 @@ def _from_function(text: str) -> Loaded:
     made = function()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{text} returned {type(model).__name__}; return an nn.Module or (nn.Module, keyword arguments)")
+        raise CheckpointError(
+            f"{text} returned {type(model).__name__}; return an nn.Module or (nn.Module, keyword arguments)"
+        )
     if inputs is not None and not isinstance(inputs, dict):
-        raise CheckpointError(f"{text} returned {type(inputs).__name__} beside the model; return a dict of keyword arguments")
+        raise CheckpointError(
+            f"{text} returned {type(inputs).__name__} beside the model; return a dict of keyword arguments"
+        )
     return Loaded(text, _ready(model), inputs if inputs is not None else example_inputs(model))
 
 
@@ -165,22 +169,17 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         CheckpointError: the model does not take ``input_ids``.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    vocabulary = model.get_submodule(_embedding(model)).weight.shape[0] if _embedding(model) else 0
+    vocabulary = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 0)
     if isinstance(kind, str) and vocabulary >= _PLAIN_IDS:
         from steer_compile.coverage.zoo import tiny_inputs
 
         return tiny_inputs(model, kind, _BATCH, _LENGTH)
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise CheckpointError(
-            f"{type(model).__name__} takes no input_ids; return (model, keyword arguments of one call) from the function"
+            f"{type(model).__name__} takes no input_ids; let the function return (model, keyword arguments)"
         )
     generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(0, int(vocabulary or _PLAIN_IDS), (_BATCH, _LENGTH), generator=generator)}
-
-
-def _embedding(model: nn.Module) -> str:
-    """Name of the first embedding, or nothing."""
-    return next((name for name, module in model.named_modules() if isinstance(module, nn.Embedding)), "")
+    return {"input_ids": torch.randint(0, vocabulary or _PLAIN_IDS, (_BATCH, _LENGTH), generator=generator)}
 
 
 def _ready(model: nn.Module) -> nn.Module:

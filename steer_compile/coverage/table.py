@@ -14,6 +14,8 @@ import transformers
 
 from steer_compile.coverage.check import Record, check_type
 
+_POOL_TASKS = 48
+"""Types after which the worker processes are replaced, so that compiled models do not pile up in memory."""
 COLUMNS = ("compiles", "sites", "capture", "steer", "idle")
 
 
@@ -40,14 +42,15 @@ def run_types(
     todo = [t for t in wanted if t not in records]
     journal.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=24) as pool:
-        futures = {pool.submit(_work, t, inner): t for t in todo}
-        for future in as_completed(futures):
-            record = future.result()
-            with journal.open("a") as file:
-                file.write(json.dumps(record.to_dict()) + "\n")
-            records[record.type] = record
-            done(record)
+    for start in range(0, len(todo), _POOL_TASKS):
+        part = todo[start : start + _POOL_TASKS]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(_work, t, inner) for t in part]):
+                record = future.result()
+                with journal.open("a") as file:
+                    file.write(json.dumps(record.to_dict()) + "\n")
+                records[record.type] = record
+                done(record)
     return [records[t] for t in wanted]
 
 

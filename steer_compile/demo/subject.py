@@ -47,7 +47,13 @@ class Subject:
     """A Hugging Face model with `steer_backend` compiled in place, so that ``generate`` runs the steered graphs."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, shapes: Shapes, layers: Sequence[int], inner: str, sampling: Sampling
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        shapes: Shapes,
+        layers: Sequence[int],
+        inner: str,
+        sampling: Sampling,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -65,12 +71,16 @@ class Subject:
         self.model.compile(backend=backend, dynamic=None if self.fixed else True)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask of one call, (rows, prompt): the ends of long texts, short ones padded on the left."""
+        """Ids and mask of one call, (rows, prompt): the ends of long texts, short ones padded on the left.
+
+        Every row gets some padding, because ``generate`` drops a mask of ones and the graph would be another one.
+        """
         ids, mask = self.tokenizer.batch(texts)
         length, rows = self.shapes.prompt, self.shapes.rows
-        short = max(0, length - ids.shape[1])
-        ids = nn.functional.pad(ids, (short, 0), value=int(ids[0, 0]))[:, -length:]
-        mask = nn.functional.pad(mask, (short, 0))[:, -length:]
+        ids, mask = ids[:, 1 - length :], mask[:, 1 - length :]
+        short = length - ids.shape[1]
+        ids = nn.functional.pad(ids, (short, 0), value=int(ids[0, -1]))
+        mask = nn.functional.pad(mask, (short, 0))
         fill = rows - len(texts)
         if fill < 0:
             raise ValueError(f"{len(texts)} texts in a call of {rows} rows")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -12,14 +12,26 @@ from steer_compile.runtime.vectors import SiteKey
 
 
 class CaptureLog:
-    """Captured values by site. ``log["post_block", 3]`` is (batch, tokens, width), the tokens of all calls in order."""
+    """Captured values by site. ``log["post_block", 3]`` is (batch, tokens, width), the tokens of all calls in order.
+
+    Attributes:
+        steps: the values of each call by site.
+    """
 
     def __init__(self) -> None:
         self.steps: list[dict[SiteKey, torch.Tensor]] = []
 
-    def take(self, values: dict[SiteKey, torch.Tensor], batch: int, length: int) -> None:
-        """Copy the values of one call, each ``(batch * length, width)``."""
-        self.steps.append({k: v.clone().view(batch, length, -1) for k, v in values.items()})
+    def take(self, values: Mapping[SiteKey, torch.Tensor], shape: tuple[int, int], continued: bool) -> None:
+        """Copy the values of one graph, each ``(batch * length, width)``.
+
+        Args:
+            continued: the graph is a further part of the model, in the same call as the graph before it.
+        """
+        copies = {key: value.clone().view(*shape, value.size(-1)) for key, value in values.items()}
+        if continued and self.steps:
+            self.steps[-1].update(copies)
+        else:
+            self.steps.append(copies)
 
     def __getitem__(self, site: SiteKey) -> torch.Tensor:
         key = (parse_hook(site[0]), site[1])
@@ -28,6 +40,9 @@ class CaptureLog:
         if key not in self.steps[0]:
             have = ", ".join(f"layers.{n}.{h}" for h, n in self.steps[0])
             raise SiteNotFound(f"layers.{key[1]}.{key[0]} is not captured; captured are {have}")
+        batches = sorted({step[key].size(0) for step in self.steps})
+        if len(batches) > 1:
+            raise SiteNotFound(f"the calls had batches of {batches} sequences; read log.steps[i][{key!r}] call by call")
         return torch.cat([step[key] for step in self.steps], dim=1)
 
     def __iter__(self) -> Iterator[SiteKey]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from steer_compile.errors import TableFull
+from steer_compile.errors import NotSteered, TableFull
 from steer_compile.runtime.vectors import TokenSelection
 from steer_compile.spec import RESERVED_ROWS
 
@@ -104,9 +104,7 @@ def token_rows(step: Step, plans: Sequence[RowPlan]) -> npt.NDArray[np.int32]:
         rows[b] = plan.row(step.phase)
         first = step.start - step.pads[b]
         if plan.tokens is not None:
-            for t in range(step.length):
-                if not plan.tokens.selects(first + t, step.prompts[b]):
-                    rows[b, t] = GLOBAL_ROWS[step.phase]
+            rows[b, ~plan.tokens.mask(first, step.length, step.prompts[b])] = GLOBAL_ROWS[step.phase]
         if first < 0:
             rows[b, : min(-first, step.length)] = 0
         if step.phase == "prefill":
@@ -134,17 +132,36 @@ class PhaseTracker:
         self.fresh, self.position = True, 0
 
     def advance(self, batch: int, length: int) -> Step:
-        """The step of a call with this shape."""
-        if self.told is not None:
-            phase = self.told
-        else:
-            phase = "prefill" if self.fresh or length > 1 or batch != self._batch else "decode"
-        if phase == "prefill" and (self.told is None or self.fresh):
-            self.position, self._prompt = 0, length
-        elif phase == "prefill":
-            self._prompt = self.position + length
-        start = self.position
-        prompts = self.prompts if self.prompts is not None and len(self.prompts) == batch else (self._prompt,) * batch
-        pads = tuple(max(0, self._prompt - p) if self.padding == "left" else 0 for p in prompts)
-        self.position, self.fresh, self._batch = start + length, False, batch
+        """The step of a call with this shape.
+
+        Raises:
+            NotSteered: the prompt lengths do not fit the call.
+        """
+        phase = self.told or ("prefill" if self.fresh or length > 1 or batch != self._batch else "decode")
+        if self.prompts is not None:
+            self._check_prompts(self.prompts, batch, length if phase == "prefill" and self.told is None else None)
+        start, padded = self._place(phase, length)
+        prompts = self.prompts if self.prompts is not None else (padded,) * batch
+        pads = tuple(padded - p if self.padding == "left" else 0 for p in prompts)
+        self.position, self.fresh = start + length, False
+        self._prompt, self._batch = padded, batch
         return Step(batch, length, phase, start, prompts, pads)
+
+    def _place(self, phase: str, length: int) -> tuple[int, int]:
+        """Position of the call's first token and padded length of the prompts."""
+        longest = max(self.prompts or (0,))
+        if phase == "prefill":
+            start = self.position if self.told and not self.fresh else 0
+            return start, max(start + length, longest)
+        return (longest, longest) if self.fresh else (self.position, self._prompt)
+
+    def _check_prompts(self, prompts: tuple[int, ...], batch: int, length: int | None) -> None:
+        if len(prompts) != batch:
+            raise NotSteered(
+                f"{len(prompts)} prompt lengths are given but the call has {batch} sequences; give one for each"
+            )
+        if length is not None and max(prompts, default=0) > length:
+            raise NotSteered(
+                f"a prompt of {max(prompts)} tokens is given but the call has {length} of each sequence; "
+                "pass phase='prefill' for prompts that come in parts"
+            )

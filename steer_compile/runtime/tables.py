@@ -24,20 +24,19 @@ class TableSet:
         self.device: torch.device | None = None
         self.rows: torch.Tensor = torch.empty(0)
         self.scale: torch.Tensor = torch.empty(0)
-        self._staging: torch.Tensor = torch.empty(0)
 
     def grow(self, banks: tuple[Bank, ...], device: torch.device) -> None:
         """Allocate the banks that are new. Existing tensors stay where they are."""
-        if self.device is None:
-            self.device = device
-            self.rows = torch.zeros(self.spec.max_tokens, dtype=torch.int32, device=device)
-            self.scale = torch.ones(RESERVED_ROWS + self.spec.rows, dtype=torch.float32, device=device)
-            self._staging = torch.zeros(self.spec.max_tokens, dtype=torch.int32, pin_memory=device.type == "cuda")
-        elif device != self.device:
+        if self.device is not None and device != self.device:
             raise VectorError(f"the spec's tables are on {self.device} but a graph runs on {device}; use one device")
-        for bank in banks[len(self.tensors) :]:
-            shape = (len(bank.sites), bank.length, bank.width)
-            self.tensors.append(torch.zeros(shape, dtype=bank.dtype, device=device))
+        with torch.inference_mode(False):  # a model may be compiled inside inference mode; the tables change outside
+            if self.device is None:
+                self.device = device
+                self.rows = torch.zeros(self.spec.max_tokens, dtype=torch.int32, device=device)
+                self.scale = torch.ones(RESERVED_ROWS + self.spec.rows, dtype=torch.float32, device=device)
+            for bank in banks[len(self.tensors) :]:
+                shape = (len(bank.sites), bank.length, bank.width)
+                self.tensors.append(torch.zeros(shape, dtype=bank.dtype, device=device))
         self.banks = banks
 
     def named(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -69,13 +68,14 @@ class TableSet:
 
     def contents(self, bank: Bank, vectors: Mapping[SiteKey, torch.Tensor]) -> torch.Tensor:
         """One row of a bank for every site, ``(sites, width)`` in the bank's dtype; zeros where there is no vector."""
-        rows = torch.zeros(len(bank.sites), bank.width, dtype=torch.float32)
+        rows = torch.zeros(len(bank.sites), bank.width, dtype=torch.float32, device="cpu")
         for i, key in enumerate(bank.sites):
             if key in vectors:
                 rows[i] = vectors[key]
         cast = rows.to(bank.dtype)
         if not bool(torch.isfinite(cast).all()):
-            raise VectorError(f"a sum of vectors overflows the table's dtype {bank.dtype}; scale them down or set dtype")
+            text = f"a sum of vectors overflows the table's dtype {bank.dtype}; scale them down or set dtype in the spec"
+            raise VectorError(text)
         return cast
 
     def write(self, row: int, vectors: Mapping[SiteKey, torch.Tensor]) -> None:
@@ -88,9 +88,9 @@ class TableSet:
         """Set the row of the first ``rows.size`` tokens."""
         count = rows.size
         if self.device is not None and self.device.type == "cuda":
-            self._staging = torch.empty(count, dtype=torch.int32, pin_memory=True)
-            self._staging.numpy()[:] = rows.ravel()
-            self.rows[:count].copy_(self._staging, non_blocking=True)
+            staging = torch.empty(count, dtype=torch.int32, device="cpu", pin_memory=True)
+            staging.numpy()[:] = rows.ravel()
+            self.rows[:count].copy_(staging, non_blocking=True)
             return
         self.rows[:count].copy_(torch.from_numpy(rows.ravel()))
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from steer_compile.errors import SpecError, VectorError
 from steer_compile.hooks import parse_hook, parse_site
 
-SiteKey = tuple[str, int]
+SiteKey: TypeAlias = tuple[str, int]
 PHASES = ("prefill", "decode")
 
 
@@ -46,7 +49,7 @@ def vector_set(source: object) -> VectorSet:
 
     Raises:
         VectorError: a vector that is not one-dimensional, not floating, or holds NaN or infinity.
-        SpecError: an unknown hook or site name.
+        SpecError: an unknown hook or site name, or a layer that is no number.
     """
     if source is None or isinstance(source, VectorSet):
         return source or VectorSet()
@@ -68,22 +71,35 @@ def vector_set(source: object) -> VectorSet:
 def _flatten(source: Mapping[Any, Any]) -> Iterable[tuple[SiteKey, Any]]:
     for key, value in source.items():
         if isinstance(key, tuple) and len(key) == 2:
-            yield (parse_hook(str(key[0])), int(key[1])), value
+            yield _site(*key), value
         elif isinstance(value, Mapping):
             for layer, vector in value.items():
-                yield (parse_hook(str(key)), int(layer)), vector
+                yield _site(key, layer), vector
         else:
             yield parse_site(str(key)), value
 
 
+def _site(hook: object, layer: object) -> SiteKey:
+    if isinstance(layer, bool) or not str(layer).removeprefix("-").isdecimal():
+        raise SpecError(f"layer {layer!r} of {hook!r} is no layer number; give {{hook: {{layer: vector}}}}")
+    return parse_hook(str(hook)), int(str(layer))
+
+
 def _vector(key: SiteKey, value: Any) -> torch.Tensor:
+    """The checked vector: a copy in fp32 on the CPU, with 0.0 for -0.0 so that equal vectors have equal bytes."""
     name = f"layers.{key[1]}.{key[0]}"
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        text = f"the vector of {name} is a {type(value).__name__} that is no tensor ({error}); give a 1-D tensor"
+        raise VectorError(text) from error
     if not tensor.dtype.is_floating_point:
         raise VectorError(f"the vector of {name} has dtype {tensor.dtype}; give floating-point numbers")
     if tensor.dim() != 1 or tensor.numel() == 0:
-        raise VectorError(f"the vector of {name} has shape {tuple(tensor.shape)}; give one dimension of the site's width")
-    tensor = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+        shape = tuple(tensor.shape)
+        raise VectorError(f"the vector of {name} has shape {shape}; give one dimension of the site's width")
+    with torch.inference_mode(False):
+        tensor = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous() + 0.0
     if not bool(torch.isfinite(tensor).all()):
         raise VectorError(f"the vector of {name} holds NaN or infinity; fix the vector")
     return tensor
@@ -116,24 +132,54 @@ class TokenSelection:
     def __post_init__(self) -> None:
         if not (self.spans or self.last_prompt or self.generated):
             raise SpecError("the token selection selects nothing; give spans, last_prompt=True or generated=True")
-        object.__setattr__(self, "spans", tuple((a, b) for a, b in self.spans))
+        object.__setattr__(self, "spans", tuple(_span(span) for span in self.spans))
 
-    def selects(self, position: int, prompt_length: int) -> bool:
-        """Whether the token at absolute ``position`` of a prompt of ``prompt_length`` tokens is steered."""
-        if position >= prompt_length:
-            return self.generated
-        if self.last_prompt and position == prompt_length - 1:
-            return True
-        return any(position in range(*slice(a, b).indices(prompt_length)) for a, b in self.spans)
+    def mask(self, first: int, length: int, prompt_length: int) -> npt.NDArray[np.bool_]:
+        """Which of ``length`` tokens from position ``first`` on are steered, after a prompt of ``prompt_length``."""
+        positions = np.arange(first, first + length)
+        chosen = (positions >= prompt_length) & self.generated
+        if self.last_prompt:
+            chosen |= positions == prompt_length - 1
+        for span in self.spans:
+            start, stop, _ = slice(*span).indices(prompt_length)
+            chosen |= (positions >= start) & (positions < stop)
+        return chosen
 
 
-@dataclass(frozen=True)
+def _span(span: object) -> tuple[int | None, int | None]:
+    if isinstance(span, tuple | list) and len(span) == 2:
+        start, stop = span
+        if all(bound is None or (isinstance(bound, int) and not isinstance(bound, bool)) for bound in span):
+            return start, stop
+    raise SpecError(f"{span!r} is no span of prompt positions; give pairs such as (0, 5), (-3, None)")
+
+
+def _named(item: object) -> tuple[str, float]:
+    if isinstance(item, str):
+        return item, 1.0
+    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str):
+        return item[0], finite(item[1])
+    raise VectorError(f"{item!r} names no vector set; give a name or a pair (name, scale)")
+
+
+def finite(scale: object) -> float:
+    """The scale as a number.
+
+    Raises:
+        VectorError: it is not a finite number.
+    """
+    if isinstance(scale, numbers.Real) and math.isfinite(scale):
+        return float(scale)
+    raise VectorError(f"scale {scale!r} is not finite; give a finite number")
+
+
+@dataclass(frozen=True, init=False)
 class Steering:
     """One request's configuration. Vectors of the tiers add: prefill uses base + prefill, decode base + decode.
 
     Attributes:
         base, prefill, decode: vectors (any form that `vector_set` takes).
-        named: registered vector sets to add to the base tier, as ``(name, scale)``.
+        named: registered vector sets to add to the base tier: names, or pairs ``(name, scale)``.
         scale: factor on all vectors of this configuration.
         tokens: the tokens that are steered; None is all.
 
@@ -141,22 +187,28 @@ class Steering:
         VectorError: bad vectors, or a scale that is not finite.
     """
 
-    base: VectorSet = field(default_factory=VectorSet)
-    prefill: VectorSet = field(default_factory=VectorSet)
-    decode: VectorSet = field(default_factory=VectorSet)
-    named: tuple[tuple[str, float], ...] = ()
-    scale: float = 1.0
-    tokens: TokenSelection | None = None
+    base: VectorSet
+    prefill: VectorSet
+    decode: VectorSet
+    named: tuple[tuple[str, float], ...]
+    scale: float
+    tokens: TokenSelection | None
 
-    def __post_init__(self) -> None:
-        for tier in ("base", "prefill", "decode"):
-            object.__setattr__(self, tier, vector_set(getattr(self, tier)))
-        named = (self.named,) if isinstance(self.named, str) else self.named
-        pairs = tuple((n, 1.0) if isinstance(n, str) else (str(n[0]), float(n[1])) for n in named)
-        object.__setattr__(self, "named", pairs)
-        for factor in (self.scale, *(s for _, s in pairs)):
-            if not math.isfinite(factor):
-                raise VectorError(f"scale {factor!r} is not finite; give a finite number")
+    def __init__(
+        self,
+        base: object = None,
+        prefill: object = None,
+        decode: object = None,
+        named: str | Iterable[str | tuple[str, float]] = (),
+        scale: float = 1.0,
+        tokens: TokenSelection | None = None,
+    ) -> None:
+        for tier, vectors in (("base", base), ("prefill", prefill), ("decode", decode)):
+            object.__setattr__(self, tier, vector_set(vectors))
+        names = (named,) if isinstance(named, str) else named
+        object.__setattr__(self, "named", tuple(_named(item) for item in names))
+        object.__setattr__(self, "scale", finite(scale))
+        object.__setattr__(self, "tokens", tokens)
 
     def tier(self, phase: str) -> VectorSet:
         return self.prefill if phase == "prefill" else self.decode
