@@ -38,15 +38,9 @@ def kernels(call: Call, calls: int) -> Kernels:
     found = [e for e in results.events() if e.device_type() == DeviceType.CUDA]
     found = [e for e in found if not e.name().startswith(_COPIES)]
     names = Counter(e.name() for e in found)
-    total, generated = (
-        sum(e.duration_ns() for e in found),
-        sum(e.duration_ns() for e in found if _is_generated(e.name())),
-    )
+    total = sum(e.duration_ns() for e in found)
+    generated = sum(e.duration_ns() for e in found if e.name().startswith("triton_"))
     return Kernels(total / 1e3 / calls, generated / 1e3 / calls, len(found) / calls, names)
-
-
-def _is_generated(name: str) -> bool:
-    return name.startswith("triton_")
 
 
 def wall_and_host(call: Call, calls: int) -> tuple[float, float]:

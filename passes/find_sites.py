@@ -17,13 +17,17 @@ from torch import fx
 from steer_compile.ir import Miss, Site, SiteTable
 from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
 from steer_compile.passes.branch_ends import branch_input
-from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, op_name
 from steer_compile.passes.layout import dims_of, layout_of, permutation, stem_order
-from steer_compile.passes.residual import ResidualGraph, Write
+from steer_compile.passes.residual import MIX_OPS, ResidualGraph, Write
 from steer_compile.passes.segments import Segment, segments_of
 from steer_compile.passes.spine import find_spine
 
 _PARALLEL = "the block adds its mixer and its MLP in one write (parallel block); there is no value between them"
+_MULTI = (
+    "the block carries several parallel streams; use mhc_streams_pre_attn, mhc_streams_pre_mlp or mhc_streams_final"
+)
+_PARALLEL_STREAMS = {"pre_attn": "mhc_streams_pre_attn", "post_attn": "mhc_streams_pre_mlp"}
 
 
 def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
@@ -45,13 +49,16 @@ def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
         if homeless and not hazard:
             reason = f"the mixer branch added at {homeless.write.node.name} belongs to no block, so layers cannot be numbered"
         return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
-    builder = _Builder(flow, segments_of(flow, spine.writes, blocks))
+    multi = any(op_name(n) in MIX_OPS for w in spine.writes for n in w.skip)
+    builder = _Builder(flow, segments_of(flow, spine.writes, blocks), multi=multi)
     numbers = _numbers(blocks, partial or _begins_at_a_block(flow, blocks))
     if numbers is None:
         reason = "the graph begins at or inside a block, so its layer number is unknown; remove the graph break in the block"
         return SiteTable(misses=(Miss(None, "*", reason),), partial=True)
     for number, block in zip(numbers, blocks, strict=True):
         builder.add_block(number, block)
+    if multi:
+        builder.final(numbers[-1], blocks[-1])
     for branch in loose:
         builder.misses.append(_loose_miss(branch))
     return SiteTable(tuple(builder.sites), tuple(builder.misses), tuple(numbers), partial)
@@ -97,6 +104,8 @@ class _Builder:
     sites: list[Site] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     order: str = ""
+    multi: bool = False
+    """Whether the stream is several parallel ones, mixed on the skip path."""
 
     def add_block(self, layer: int, block: Block) -> None:
         entry, values = self.segments[id(block.first)], [self.segments[id(b.write)] for b in block.branches]
@@ -158,7 +167,15 @@ class _Builder:
         users = tuple(u.name for u in self.flow.users[end] if u in inside)
         self._site(layer, hook, end, users, ())
 
+    def final(self, layer: int, block: Block) -> None:
+        """The streams behind the last block: a hook of the model, kept under the last layer's number."""
+        self._site(layer, "mhc_streams_final", self.segments[id(block.last)].leaving, None, ())
+
     def _stream(self, layer: int, hook: str, node: fx.Node) -> None:
+        if self.multi and hook not in _PARALLEL_STREAMS:
+            self._miss(layer, hook, _MULTI, node)
+            return
+        hook = _PARALLEL_STREAMS[hook] if self.multi else hook
         skips = tuple(n.name for n in self._skip_readers(node))
         self._site(layer, hook, node, None, skips)
 
@@ -173,7 +190,9 @@ class _Builder:
 
     def _site(self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...]) -> None:
         dims, dtype = dims_of(node), dtype_of(node)
-        layout = layout_of(node, self._order_at(node))
+        layout = layout_of(node, self._order_at(node), self.multi)
+        if layout == "streams" and isinstance(dims[-1], int) and isinstance(dims[-2], int):
+            dims = (*dims[:-2], dims[-2] * dims[-1])
         if not layout or dtype is None or not isinstance(dims[-1], int):
             shape = ", ".join(str(d) for d in dims)
             self._miss(layer, hook, f"value {node.name} has shape ({shape}); tokens in front and a fixed width are needed", node)

@@ -70,13 +70,16 @@ def stem_order(flow: Dataflow, entry: fx.Node) -> str:
     return order
 
 
-def layout_of(node: fx.Node, order: str) -> str:
-    """``batch_first``, ``time_first`` or ``flat``; ``""`` when the value is none of them.
+def layout_of(node: fx.Node, order: str, multi: bool = False) -> str:
+    """``batch_first``, ``time_first``, ``flat`` or ``streams``; ``""`` when the value is none of them.
 
     Args:
+        multi: four-dimensional values are parallel streams (B, T, m, H).
         order: meaning of the dimensions that a three-dimensional value has here (see `stem_order`).
     """
     rank = len(shape_of(node) or ())
     if rank == 3:
         return {"bth": "batch_first", "tbh": "time_first"}.get(order, "")
+    if rank == 4:
+        return "streams" if multi and order == "bth" else ""
     return "flat" if rank == 2 and order == "bth" else ""

@@ -14,6 +14,8 @@ def resolve_layers(selection: HookSelection, table: SiteTable) -> tuple[int, ...
     """Layer numbers that a selection means in this graph; negative ones count from the last layer."""
     if selection.layers == "all":
         return table.layers
+    if selection.hook == "mhc_streams_final":
+        return table.layers[-1:]
     count = max(table.layers, default=-1) + 1
     return tuple(layer + count if layer < 0 else layer for layer in selection.layers if isinstance(layer, int))
 
@@ -67,7 +69,15 @@ def _placed(site: Site, spec: SteerSpec) -> Site:
     if spec.placement == "before_norm" or site.hook not in ("pre_attn", "post_attn") or not site.skip_users:
         return site
     return Site(
-        site.layer, site.hook, site.node, site.width, site.dtype, site.shape, site.layout, site.skip_users, site.skip_users
+        site.layer,
+        site.hook,
+        site.node,
+        site.width,
+        site.dtype,
+        site.shape,
+        site.layout,
+        site.skip_users,
+        site.skip_users,
     )
 
 
@@ -78,8 +88,8 @@ def _check_tokens(sites: list[Site]) -> None:
         first = by_layout.setdefault(site.layout, site)
         if first.shape != site.shape:
             raise LoweringError(
-                f"{site.name} has tokens {site.shape} but {first.name} has {first.shape}; one spec needs sites of equal "
-                "token count: choose hooks of one kind"
+                f"{site.name} has tokens {site.shape} but {first.name} has {first.shape}; one spec needs sites of "
+                "equal token count: choose hooks of one kind"
             )
 
 

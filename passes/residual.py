@@ -21,6 +21,8 @@ from torch import fx
 
 from steer_compile.passes.dataflow import Dataflow, dtype_of, op_name, same_dims, shape_of
 
+MIX_OPS = frozenset("matmul einsum bmm".split())
+"""Operators that mix the parallel streams of a hyper-connection."""
 NORM_OPS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm normalize".split())
 _LAYOUT_OPS = frozenset("transpose permute swapaxes swapdims movedim mT T t".split())
 _SAME_OPS = frozenset(
@@ -37,7 +39,7 @@ _MAX_WALK = 64
 
 @dataclass(frozen=True)
 class Back:
-    """One step from a value to the value that it carries on. ``kind``: same, layout, scale, shift, gate or norm."""
+    """One step from a value to the value that it carries on. ``kind``: same, layout, scale, shift, gate, mix or norm."""
 
     node: fx.Node
     kind: str
@@ -76,6 +78,8 @@ def passes_back(flow: Dataflow, node: fx.Node) -> Iterator[Back]:
     first = inputs[0]
     if name in NORM_OPS:
         yield Back(first, "norm")
+    elif name in MIX_OPS:
+        yield from _through_mixing(node, inputs)
     elif name in _LAYOUT_OPS:
         yield Back(first, "layout")
     elif name in _SAME_OPS:
@@ -87,6 +91,17 @@ def passes_back(flow: Dataflow, node: fx.Node) -> Iterator[Back]:
                 yield Back(value, "scale")
     elif name in _SCALE_OPS or name in _SHIFT_OPS:
         yield from _through_arithmetic(flow, node, inputs, name)
+
+
+def _through_mixing(node: fx.Node, inputs: list[fx.Node]) -> Iterator[Back]:
+    """Hyper-connections: m parallel streams (..., m, H) mixed by an m x m map."""
+    for value in inputs:
+        shape = shape_of(value)
+        if shape is None or len(shape) != 4 or not _same_shape(value, node):
+            continue
+        maps = [shape_of(n) or () for n in inputs if n is not value]
+        if any(len(s) >= 2 and same_dims(s[-2:], (shape[-2], shape[-2])) for s in maps):
+            yield Back(value, "mix")
 
 
 def _through_arithmetic(flow: Dataflow, node: fx.Node, inputs: list[fx.Node], name: str) -> Iterator[Back]:
@@ -253,7 +268,7 @@ class ResidualGraph:
     def _link(self, write: Write) -> None:
         if write.kind == "skip":
             return
-        reached = self._write_behind(write.fork, ("same", "scale", "shift", "gate", "layout", "norm"))
+        reached = self._write_behind(write.fork, ("same", "scale", "shift", "gate", "mix", "layout", "norm"))
         if reached is None:
             write.path = [write.fork]
         else:

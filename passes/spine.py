@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from steer_compile.passes.dataflow import Dataflow, dtype_of, op_name, shape_of
+from steer_compile.passes.dataflow import Dataflow, dtype_of, is_state, op_name, shape_of
 from steer_compile.passes.residual import ResidualGraph, Write
 
 _ATTENTION = frozenset("scaled_dot_product_attention flex_attention multi_head_attention_forward".split())
 _CONV = frozenset("conv1d conv2d conv3d conv_transpose1d causal_conv1d_fn causal_conv1d_update".split())
 _SCAN = frozenset("cumsum cumprod logcumsumexp associative_scan scan while_loop fft rfft irfft stft".split())
 _CONTRACT = frozenset("matmul bmm einsum baddbmm matmul_ mv".split())
+_PROJECTIONS = frozenset("linear matmul addmm conv1d conv2d bmm einsum".split())
 _FUSED = frozenset("_transformer_encoder_layer_fwd transformer_encoder_layer_fwd".split())
 
 
@@ -133,6 +134,14 @@ def find_spine(residual: ResidualGraph) -> Spine:
     if not pool:
         reason = hidden or "no add in this graph has one operand that the other is computed from"
         return Spine([], reason)
+    weights = {id(c): _projections(flow, c) for c in pool}
+    heaviest = max(weights.values())
+    pool = [c for c in pool if weights[id(c)] * 4 >= heaviest]
+    total = sum(_is_projection(flow, n) for n in flow.nodes)
+    if heaviest * 5 < total:
+        best = max(pool, key=lambda c: weights[id(c)])
+        text = f"no chain of residual adds spans the model: {_describe(best)} holds {heaviest} of {total} projections"
+        return Spine([], hidden or text, _names([best]))
     final = [c for c in pool if not any(flow.depends(o[-1].node, c[-1].node) for o in pool if o is not c)]
     if len(final) > 1:
         text = "; ".join(_describe(c) for c in final)
@@ -143,6 +152,17 @@ def find_spine(residual: ResidualGraph) -> Spine:
     if broken:
         return Spine([], broken, _names([main, *map(list, others)]), others)
     return Spine(main, others=others)
+
+
+def _is_projection(flow: Dataflow, node: fx.Node) -> bool:
+    """Whether the node multiplies an activation by parameters."""
+    return op_name(node) in _PROJECTIONS and any(is_state(v) for v in flow.inputs[node])
+
+
+def _projections(flow: Dataflow, chain: list[Write]) -> int:
+    """Number of projections in the branches of a chain: its share of the model's work."""
+    inside = {n for w in chain for n in flow.region(w.fork, w.node)}
+    return sum(_is_projection(flow, n) for n in inside)
 
 
 def _outermost(chains: _Chains, candidates: list[list[Write]]) -> list[list[Write]]:

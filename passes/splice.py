@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -80,15 +81,16 @@ class _Splicer:
         source = self.current.get(value, value)
         with self.graph.inserting_before(self._following(value)):
             bank = self._buffer(bank_name(edit.slot.bank))[edit.slot.index]
-            h = fx.Proxy(source)
+            h: Any = fx.Proxy(source)
             if edit.op == "capture":
                 tokens = fx.Proxy(self._count(edit.site, h))
-                ordered = h.transpose(0, 1) if edit.site.layout == "time_first" else h
-                store_rows(ordered, bank, tokens)  # type: ignore[arg-type]
+                store_rows(_in_batch_order(edit.site, h), bank, tokens)  # type: ignore[arg-type]
                 return
-            rows = fx.Proxy(self._rows(edit.site, h))
-            steered = add_rows(h, bank, rows, self._buffer(SCALE))  # type: ignore[arg-type]
-        self._redirect(edit.site, value, source, steered.node)  # type: ignore[attr-defined]
+            rows: Any = fx.Proxy(self._rows(edit.site, h))
+            streams = edit.site.layout == "streams"
+            steered: Any = add_rows(h.flatten(-2) if streams else h, bank, rows, self._buffer(SCALE))
+            steered = steered.view_as(h) if streams else steered
+        self._redirect(edit.site, value, source, steered.node)
 
     def _redirect(self, site: Site, value: fx.Node, source: fx.Node, steered: fx.Node) -> None:
         """Let the site's readers read the steered value."""
@@ -106,27 +108,34 @@ class _Splicer:
             return self.first
         return self.following.setdefault(value, value.next)
 
-    def _buffer(self, name: str) -> fx.Proxy:
-        """The buffer's node, read once at the top of the graph."""
+    def _buffer(self, name: str) -> Any:
+        """The buffer, read once at the top of the graph: a proxy, which takes any operator."""
         if name not in self.buffers:
             with self.graph.inserting_before(self.first):
                 self.buffers[name] = self.graph.create_node("get_attr", name)
         return fx.Proxy(self.buffers[name])
 
-    def _count(self, site: Site, h: fx.Proxy) -> fx.Node:
+    def _count(self, site: Site, h: Any) -> fx.Node:
         """Number of tokens, computed at the first site of each layout."""
         if site.layout not in self.counts:
             count = h.size(0) if site.layout == "flat" else h.size(0) * h.size(1)
             self.counts[site.layout] = count.node
         return self.counts[site.layout]
 
-    def _rows(self, site: Site, h: fx.Proxy) -> fx.Node:
+    def _rows(self, site: Site, h: Any) -> fx.Node:
         """Row of each token in the site's layout, computed at the first site of each layout."""
         if site.layout not in self.row_views:
             rows = self._buffer(ROWS).narrow(0, 0, fx.Proxy(self._count(site, h)))
-            if site.layout == "batch_first":
+            if site.layout in ("batch_first", "streams"):
                 rows = rows.view(h.size(0), h.size(1))
             elif site.layout == "time_first":
                 rows = rows.view(h.size(1), h.size(0)).transpose(0, 1)
             self.row_views[site.layout] = rows.node
         return self.row_views[site.layout]
+
+
+def _in_batch_order(site: Site, h: Any) -> Any:
+    """The value with its tokens in batch order and one dimension of numbers for each."""
+    if site.layout == "time_first":
+        return h.transpose(0, 1)
+    return h.flatten(-2) if site.layout == "streams" else h

@@ -190,7 +190,7 @@ class _TokenShape:
 
 
 def _token_dims(site: Site, placeholders: list[fx.Node]) -> tuple[Dim, Dim]:
-    if site.layout == "batch_first":
+    if site.layout in ("batch_first", "streams"):
         return site.shape[0], site.shape[1]
     if site.layout == "time_first":
         return site.shape[1], site.shape[0]

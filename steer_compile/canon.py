@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from steer_compile.ir import Plan, dtype_text
+from steer_compile.ir import Plan, Site, dtype_text
 from steer_compile.passes.dataflow import is_inplace, is_state, module_path, op_name, shape_of
 from steer_compile.passes.layout import dims_of
 
@@ -61,9 +61,13 @@ def canonical_plan(plan: Plan, graph: fx.Graph) -> str:
         graph: the graph that was planned, not spliced yet.
     """
     names = {node.name: f"{op_name(node)}@{'.'.join(module_path(node))}" for node in graph.nodes}
-    sites = [dataclasses.replace(edit.site, node=names[edit.site.node]) for edit in plan.edits]
-    edits = [dataclasses.replace(edit, site=site) for edit, site in zip(plan.edits, sites, strict=True)]
-    return dataclasses.replace(plan, edits=tuple(edits)).text()
+
+    def renamed(site: Site) -> Site:
+        users = None if site.users is None else tuple(names[user] for user in site.users)
+        return dataclasses.replace(site, node=names[site.node], users=users)
+
+    edits = tuple(dataclasses.replace(edit, site=renamed(edit.site)) for edit in plan.edits)
+    return dataclasses.replace(plan, edits=edits).text()
 
 
 def _state_path(node: fx.Node) -> str:

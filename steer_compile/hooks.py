@@ -13,6 +13,9 @@ mlp_out      output of the MLP branch, as it is added to the stream
 write_i      stream after the i-th write of the block (``write_0``, ``write_1``, ...)
 ===========  =====================================================================
 
+Models with parallel streams (hyper-connections) have ``mhc_streams_pre_attn``, ``mhc_streams_pre_mlp`` and
+``mhc_streams_final`` (once, behind the last block) instead of the stream hooks, ``streams * width`` wide.
+
 TransformerLens names are accepted by `parse_hook` and mean the same values.
 """
 
@@ -24,7 +27,8 @@ from steer_compile.errors import SpecError
 
 STREAM_HOOKS = ("pre_attn", "post_attn", "post_block")
 BRANCH_HOOKS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-HOOKS = (*STREAM_HOOKS, *BRANCH_HOOKS)
+MULTI_STREAM_HOOKS = ("mhc_streams_pre_attn", "mhc_streams_pre_mlp", "mhc_streams_final")
+HOOKS = (*STREAM_HOOKS, *BRANCH_HOOKS, *MULTI_STREAM_HOOKS)
 
 _ALIASES = {
     "resid_pre": "pre_attn",
@@ -69,4 +73,4 @@ def parse_site(text: str) -> tuple[str, int]:
 
 def is_stream_hook(hook: str) -> bool:
     """Whether the hook is a value of the stream itself, not a branch's input or output."""
-    return hook in STREAM_HOOKS or _WRITE.fullmatch(hook) is not None
+    return hook in STREAM_HOOKS or hook in MULTI_STREAM_HOOKS or _WRITE.fullmatch(hook) is not None

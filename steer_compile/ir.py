@@ -29,7 +29,8 @@ class Site:
         node: name of the FX node that holds the value.
         width: size of the last dimension.
         shape: leading dimensions, ints or sympy expressions, last dimension excluded.
-        layout: ``batch_first`` (B, T, H), ``time_first`` (T, B, H) or ``flat`` (B*T, H).
+        layout: ``batch_first`` (B, T, H), ``time_first`` (T, B, H), ``flat`` (B*T, H) or ``streams`` (B, T, m, H) with
+            width m*H.
         users: names of the nodes whose reads an edit redirects; ``None`` means every later read.
         skip_users: of these, the reads on the skip path (what ``placement="after_norm"`` redirects).
     """
@@ -146,7 +147,8 @@ class Edit:
     slot: Slot
 
     def text(self) -> str:
-        return f"{self.op} {self.site.text()} <- bank {self.slot.bank}[{self.slot.index}]"
+        readers = "" if self.site.users is None else f" -> {', '.join(self.site.users)}"
+        return f"{self.op} {self.site.text()} <- bank {self.slot.bank}[{self.slot.index}]{readers}"
 
 
 @dataclass(frozen=True)

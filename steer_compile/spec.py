@@ -221,7 +221,9 @@ class SteerSpec:
         except json.JSONDecodeError as error:
             raise SpecError(f"the spec is not JSON: {error}; write what SteerSpec.to_json gives") from error
         if not isinstance(data, dict):
-            raise SpecError(f"the spec is a JSON {type(data).__name__}; give an object such as {{\"steer\": [\"post_block\"]}}")
+            raise SpecError(
+                f'the spec is a JSON {type(data).__name__}; give an object such as {{"steer": ["post_block"]}}'
+            )
         return cls.from_dict(data)
 
     def to_toml(self) -> str:

@@ -21,11 +21,10 @@ def mark_static(gm: fx.GraphModule, names: Sequence[str]) -> None:
     Without an entry in the module's source table the compile fails with "not found in param_name_to_source".
     Run on torch 2.11 and 2.13. Delete when a backend may register buffers through public API.
     """
-    sources = gm._param_name_to_source
-    if not isinstance(sources, dict):
-        sources = gm._param_name_to_source = {}  # type: ignore[assignment]
-    for name in names:
-        sources[name] = ConstantSource(name)
+    graph_module: Any = gm  # torch types the attributes of a module as tensors and modules
+    if not isinstance(graph_module._param_name_to_source, dict):
+        graph_module._param_name_to_source = {}
+    graph_module._param_name_to_source.update((name, ConstantSource(name)) for name in names)
 
 
 def inductor_compiler(mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> Compiled:

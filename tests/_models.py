@@ -56,7 +56,9 @@ class _Attention(nn.Module):
         self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2) for t in self.qkv(hidden_states).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2) for t in self.qkv(hidden_states).chunk(3, -1)
+        )
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         result: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return result
@@ -168,7 +170,7 @@ def _hook(model: Any, hook: str, layer: int, edit: Edit) -> Callable[[], None]:
 
 
 _SAME_SUM = {"post_attn": "attn_out", ("pre_attn", "after_norm"): "attn_out", ("post_attn", "after_norm"): "mlp_out"}
-"""Where a module's hook can put a term that the stream gets between two modules: into the branch that is added there."""
+"""Where a module's hook can put a term that the stream gets between two modules: into the branch added there."""
 
 
 @contextmanager

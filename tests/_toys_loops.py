@@ -192,7 +192,7 @@ class TwoTowersWidths(TwoTowers):
 
 
 class CrossBlock(ThreeWrites):
-    def forward(self, x: Tensor, memory: Tensor, layer: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, memory: Tensor, layer: int) -> Tensor:
         x = self.enter(x, layer)
         x = self.mid(x + self.attend(self.n1(x), layer), layer)
         h = self.n3(x)
@@ -262,7 +262,7 @@ class RecurrentSkipBlock(Block):
     def build(self) -> None:
         self.lambdas = nn.Parameter(torch.tensor([0.9, 0.3]))
 
-    def forward(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
         x = self.enter(x, layer)
         x = self.tape.at("write_0?", layer, self.lambdas[0] * x + self.lambdas[1] * x0)
         x = x + self.attend(self.n1(x), layer)

@@ -207,7 +207,7 @@ class CastSum(Block):
 
 
 class ValueResidualAttention(Attention):
-    def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
         v = self.split(self.v(x))
         self.value = v
         if first is not None:
@@ -303,7 +303,7 @@ class InjectBlock(Block):
     def build(self) -> None:
         self.inject = nn.Linear(4, self.width)
 
-    def forward(self, x: Tensor, extra: Tensor, layer: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, extra: Tensor, layer: int) -> Tensor:
         x = self.enter(x, layer)
         x = x + self.inject(extra)
         self.tape.also("pre_attn", layer, x)

@@ -179,7 +179,7 @@ class Stages(Toy):
 
 
 class ScoreAttention(Attention):
-    def forward(self, x: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
         new = q @ k.transpose(-1, -2) / 3
         scores = new if scores is None else scores + new

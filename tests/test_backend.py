@@ -10,7 +10,21 @@ from torch import Tensor
 from steer_compile import HookSelection, Steering, SteerSpec, TokenSelection, steer_backend
 from steer_compile.errors import NotSteered, SiteNotFound, VectorError
 from steer_compile.hooks import HOOKS
-from tests._models import LAYERS, WIDTH, adding, compiled, direction, edited, gpt2, llama, logits, mamba, spec, tokens, toy
+from tests._models import (
+    LAYERS,
+    WIDTH,
+    adding,
+    compiled,
+    direction,
+    edited,
+    gpt2,
+    llama,
+    logits,
+    mamba,
+    spec,
+    tokens,
+    toy,
+)
 from tests._models import watched as eager_values
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -208,7 +222,8 @@ def test_only_the_selected_tokens_are_steered(padding: str | None) -> None:
 
 def test_layers_of_a_selection() -> None:
     backend = steer_backend(
-        SteerSpec(steer=[HookSelection("post_block", [-1]), HookSelection("mlp_out", "0-1")], max_tokens=32), inner="eager"
+        SteerSpec(steer=[HookSelection("post_block", [-1]), HookSelection("mlp_out", "0-1")], max_tokens=32),
+        inner="eager",
     )
     run = compiled(toy(), backend, fullgraph=True)
     logits(run, tokens())
@@ -220,7 +235,7 @@ def test_layers_of_a_selection() -> None:
 @pytest.mark.parametrize(
     ("selection", "text"),
     [
-        (HookSelection("post_block", 7), r"no site layers\.7\.post_block: the graph has layers 0 to 1; the graph has 2"),
+        (HookSelection("post_block", 7), r"no site layers\.7\.post_block: the graph has layers 0 to 1; "),
         (HookSelection("write_5"), r"no site layers\.0\.write_5: this block has no such value; it has attn_in"),
     ],
 )

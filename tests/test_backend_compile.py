@@ -226,9 +226,9 @@ def test_nothing_at_run_time_compiles_again() -> None:
     runtime.set_scale(handle, 0.25)
     runtime.assign([None, handle])
     logits(run, ids)
-    with runtime.steer(rows=[Steering({"mlp_out": {1: VECTOR}}, tokens=TokenSelection(last_prompt=True)), None]):
-        with runtime.capture():
-            logits(run, ids)
+    last = Steering({"mlp_out": {1: VECTOR}}, tokens=TokenSelection(last_prompt=True))
+    with runtime.steer(rows=[last, None]), runtime.capture():
+        logits(run, ids)
     runtime.register_vectors("a", AT)
     with runtime.steer(named="a", phase="decode"):
         logits(run, ids)

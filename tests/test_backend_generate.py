@@ -158,9 +158,9 @@ def test_a_generation_that_runs_the_original_model_is_noticed() -> None:
     backend = steer_backend(spec("post_block", capture="post_block"), inner="eager")
     run = compiled(model, backend)
     generate(run, tokens(2, PROMPT), "dynamic")
-    with pytest.raises(NotSteered, match=r"nothing was steered: .* compile the module in place with model\.compile"):
-        with backend.runtime.steer({"post_block": {0: PREFILL}}):
-            generate(run, tokens(2, PROMPT), "dynamic")
+    words = r"nothing was steered: .* compile the module in place with model\.compile"
+    with pytest.raises(NotSteered, match=words), backend.runtime.steer({"post_block": {0: PREFILL}}):
+        generate(run, tokens(2, PROMPT), "dynamic")
     with pytest.raises(NotSteered, match="nothing was captured"), backend.runtime.capture() as log:
         generate(run, tokens(2, PROMPT), "dynamic")
     with pytest.raises(NotSteered, match=r"layers\.1\.post_block was not captured"):

@@ -181,7 +181,7 @@ def test_a_spec_is_frozen() -> None:
         (lambda: steer_backend({"steer": "post_block"}), "dict", "build SteerSpec"),  # type: ignore[arg-type]
     ],
 )
-def test_first_line_of_a_refusal_names_the_value_and_the_cure(make: Callable[[], object], value: str, cure: str) -> None:
+def test_a_refusal_names_the_value_and_the_cure(make: Callable[[], object], value: str, cure: str) -> None:
     with pytest.raises(SpecError) as error:
         make()
     first = str(error.value).splitlines()[0]

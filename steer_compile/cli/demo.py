@@ -19,8 +19,9 @@ from steer_compile.demo.plot import draw_response
 from steer_compile.demo.report import report, show
 from steer_compile.demo.run import CURVE, QUICK_CURVE, Demo, Result, Styles
 from steer_compile.demo.subject import Sampling, Shapes, Subject
+from steer_compile.errors import CheckpointError
 
-STRENGTH = 3.0
+STRENGTH = 2.5
 LAYER_SHARE = 0.25
 """The default layer, as a share of the depth: chosen on the bundled model."""
 TEMPERATURE = 0.7
@@ -53,11 +54,13 @@ def demo(
     """
     if not 0 < strength < inf:
         raise typer.BadParameter("give a positive number", param_hint="--strength")
-    folder = Path(model) if model else bundled_model()
     shapes = QUICK if quick else FULL
     with progress(None) as step:
         step("reading the model", 0)
-        loaded = load(str(folder), torch.float32)
+        loaded = load(model or str(bundled_model()), torch.float32)
+    folder = loaded.folder
+    if folder is None:
+        raise CheckpointError(f"{model} is a function; the demo generates text and takes a Hugging Face directory")
     if sum(p.numel() for p in loaded.model.parameters()) < SMALL:
         torch.set_num_threads(1)
     styles = read_styles(folder, positive, negative, QUICK_PASSAGES if quick else PASSAGES, shapes.rows)

@@ -21,7 +21,7 @@ from steer_compile.cli.output import INNER_HELP, JSON_HELP, check_inner, console
 from steer_compile.cli.sites import collect_sites
 from steer_compile.coverage.oracle import logits_of
 from steer_compile.errors import SiteNotFound, SpecError
-from steer_compile.hooks import STREAM_HOOKS
+from steer_compile.hooks import HOOKS, STREAM_HOOKS
 from steer_compile.ir import SiteTable
 from steer_compile.runtime.capture import CaptureLog
 from steer_compile.runtime.vectors import SiteKey
@@ -144,11 +144,16 @@ def check_model(loaded: Loaded, spec: SteerSpec, inner: str, step: Step) -> Outc
         captured, idle = _captures(backend, spec, run)
         backend.runtime.check_complete()
         checks = [Check(layer, hook, "capture", size, 0 < size < inf) for (hook, layer), size in captured.items()]
-        for layer, hook in sorted((layer, hook) for hook, layer in backend.runtime.tables.steered()):
+        for hook, layer in sorted(backend.runtime.tables.steered(), key=_in_order):
             step(f"layers.{layer}.{hook}", 1)
             checks.append(_moved(backend, run, (hook, layer), lengths[hook, layer], idle))
     difference = float((idle - base).abs().max() / base.abs().max().clamp_min(1e-12))
     return Outcome(tuple(checks), difference, IDLE_TOLERANCE, len(backend.plans))
+
+
+def _in_order(site: SiteKey) -> tuple[int, int, str]:
+    hook, layer = site
+    return layer, HOOKS.index(hook) if hook in HOOKS else len(HOOKS), hook
 
 
 def _captures(backend: SteerBackend, spec: SteerSpec, run: Callable[[], Tensor]) -> tuple[dict[SiteKey, float], Tensor]:
@@ -216,8 +221,10 @@ def _print(loaded: Loaded, outcome: Outcome, inner: str) -> None:
         "bit-equal" if outcome.idle == 0.0 else f"largest difference {outcome.idle:.1e} (allowed {outcome.limit:.0e})"
     )
     out.print(f"idle: logits with and without the backend are {same}", highlight=False)
-    passed = sum(c.ok for c in outcome.checks)
+    passed, plural = sum(c.ok for c in outcome.checks), "" if outcome.graphs == 1 else "s"
     verdict = "[green]ok[/green]" if outcome.ok else "[red]failed[/red]"
-    out.print(f"{verdict}: {passed} of {len(outcome.checks)} sites, {outcome.graphs} graphs", highlight=False)
+    out.print(
+        f"{verdict}: {passed} of {len(outcome.checks)} sites, {outcome.graphs} compiled graph{plural}", highlight=False
+    )
     if not outcome.ok and not outcome.checks:
         out.print(escape("no site was instrumented"))

@@ -77,9 +77,9 @@ def _check(record: Record, inner: str) -> None:
     if not record.compiles:
         record.reason = "the compiled model's logits differ from eager without any steering"
     tokens = reference.logits.shape[0] * reference.post[0].shape[-2] * 8
-    spec = SteerSpec(
-        steer=("post_block", "pre_attn"), capture=("post_block", "pre_attn"), rows=2, max_tokens=max(1024, tokens)
-    )
+    multi = reference.post[0].dim() == 4 and reference.post[0].shape[0] == reference.logits.shape[0]
+    hooks = ("mhc_streams_pre_attn", "mhc_streams_final") if multi else ("pre_attn", "post_block")
+    spec = SteerSpec(steer=hooks, capture=hooks, rows=2, max_tokens=max(1024, tokens))
     backend = steer_backend(spec, inner=inner)
     compiled = torch.compile(model, backend=backend, fullgraph=whole)
     record.sites = False
@@ -109,30 +109,39 @@ def _plain(model: torch.nn.Module, inputs: dict[str, Any], inner: str) -> tuple[
 
 
 def _captures_match(record: Record, log: Any, reference: Reference) -> bool:
-    for hook, wanted in (("post_block", reference.post), ("pre_attn", reference.pre)):
-        for layer, value in enumerate(wanted):
-            got = log[hook, layer]
-            fits = value if value.shape == got.shape else value.transpose(0, 1) if value.dim() == 3 else value
-            if not close(got, fits.reshape(got.shape) if fits.numel() == got.numel() else fits):
-                shape = tuple(value.shape)
-                record.reason = f"layers.{layer}.{hook} differs from the forward hook's value (shape {shape}, got {tuple(got.shape)})"
-                return False
-    return True
+    last = len(reference.post) - 1
+    wanted = [((hook, layer), value) for hook in ("pre_attn", "mhc_streams_pre_attn") for layer, value in enumerate(reference.pre)]
+    wanted += [(("post_block", layer), value) for layer, value in enumerate(reference.post)]
+    wanted.append((("mhc_streams_final", last), reference.post[last]))
+    captured = set(log)
+    for site, value in wanted:
+        if site not in captured:
+            continue
+        got = log[site]
+        fits = value if value.shape[:2] == got.shape[:2] or value.dim() != 3 else value.transpose(0, 1)
+        if not close(got, fits.flatten(2) if fits.dim() == 4 else fits):
+            shapes = f"shape {tuple(value.shape)}, got {tuple(got.shape)}"
+            record.reason = f"layers.{site[1]}.{site[0]} differs from the forward hook's value ({shapes})"
+            return False
+    return len(captured) >= len(reference.post)
 
 
 def _steers(record: Record, model: torch.nn.Module, inputs: dict[str, Any], backend: SteerBackend, compiled: Any) -> bool:
     layer = backend.sites.n_layers // 2
-    width = backend.runtime.tables.width(("post_block", layer)) or 0
+    site = ("post_block", layer)
+    if backend.runtime.tables.width(site) is None:  # parallel streams: what leaves a block enters the next
+        site = ("mhc_streams_pre_attn", layer + 1)
+    width = backend.runtime.tables.width(site) or 0
     vector = torch.randn(width, generator=torch.Generator().manual_seed(7))
-    with edit_block_output(model, layer, lambda value: value + vector, inputs=inputs):
+    with edit_block_output(model, layer, lambda value: value + vector.view(value.shape[2:] if value.dim() == 4 else -1), inputs=inputs):
         wanted = logits_of(model(**inputs))
-    with backend.runtime.steer({"post_block": {layer: vector}}):
+    with backend.runtime.steer({site: vector}):
         got = logits_of(compiled(**inputs))
     if not close(got, wanted):
-        record.reason = f"steering layers.{layer}.post_block differs from the same edit by forward hook"
+        record.reason = f"steering layers.{site[1]}.{site[0]} differs from the same edit by forward hook"
         return False
     unsteered = logits_of(compiled(**inputs))
     if close(got, unsteered):
-        record.reason = f"steering layers.{layer}.post_block does not move the logits"
+        record.reason = f"steering layers.{site[1]}.{site[0]} does not move the logits"
         return False
     return True

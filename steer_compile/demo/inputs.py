@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import steer_compile
 from steer_compile.demo.bytes_tokenizer import VOCAB_SIZE, ByteTokenizer
@@ -38,6 +39,13 @@ def bundled_model() -> Path:
     )
 
 
+class _Bytes(ByteTokenizer):
+    """Bytes for a model of more ids than bytes: the others are left out of its texts."""
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        return super().decode([int(i) for i in ids if int(i) < VOCAB_SIZE])
+
+
 def tokenizer_of(model: nn.Module, folder: Path) -> Tokenizer:
     """The model's own tokenizer where its files are there, else bytes.
 
@@ -49,7 +57,7 @@ def tokenizer_of(model: nn.Module, folder: Path) -> Tokenizer:
     config: Any = model.config
     if int(config.get_text_config().vocab_size) < VOCAB_SIZE:
         raise CheckpointError(f"{folder} has no tokenizer files and fewer than {VOCAB_SIZE} ids, so bytes do not fit")
-    return ByteTokenizer()
+    return _Bytes()
 
 
 def style_scorer(folder: Path) -> Scorer | None:

@@ -36,11 +36,11 @@ def draw_response(
     high = [m + s for m, s in zip(means, spreads, strict=True)]
     axes.fill_between(strengths, low, high, color=_BLUE, alpha=0.15, linewidth=0, zorder=2)
     axes.plot(strengths, means, color=_BLUE, linewidth=2.2, marker="o", markersize=4.5, zorder=3)
-    for key, name, color in (("positive", names[0], _WARM), ("negative", names[1], _COOL)):
+    for key, name, color, edge in (("positive", names[0], _WARM, 0.0), ("negative", names[1], _COOL, 1.0)):
         axes.axhline(natural[key], color=color, linewidth=1.2, linestyle="--", zorder=1)
         axes.annotate(
-            f"passages of {name}", (1.0, natural[key]), xycoords=("axes fraction", "data"), xytext=(-6, 4),
-            textcoords="offset points", ha="right", color=color, fontsize=9,
+            f"passages of {name}", (edge, natural[key]), xycoords=("axes fraction", "data"), xytext=(6 - 12 * edge, 4),
+            textcoords="offset points", ha="right" if edge else "left", color=color, fontsize=9,
         )  # fmt: skip
     axes.axvline(0.0, color=_GREY, linewidth=0.8, zorder=0)
     axes.set_xlabel(f"strength (multiples of the difference of means; + is toward {names[0]})")

@@ -71,7 +71,8 @@ class Registry:
             if layers != "all" and layer not in layers and all(isinstance(n, int) and n >= 0 for n in layers):
                 have = ", ".join(f"{h} at {n}" for h, n in hooks.items()) or "nothing"
                 raise SiteNotFound(
-                    f"the spec does not steer layers.{layer}.{hook}; it steers {have}; add it to the spec and compile again"
+                    f"the spec does not steer layers.{layer}.{hook}; it steers {have}; "
+                    "add it to the spec and compile again"
                 )
         if self.tables.device is not None:
             known = set(self.tables.steered()) if self._partial else set(vectors)

@@ -74,7 +74,9 @@ class TableSet:
                 rows[i] = vectors[key]
         cast = rows.to(bank.dtype)
         if not bool(torch.isfinite(cast).all()):
-            text = f"a sum of vectors overflows the table's dtype {bank.dtype}; scale them down or set dtype in the spec"
+            text = (
+                f"a sum of vectors overflows the table's dtype {bank.dtype}; scale them down or set dtype in the spec"
+            )
             raise VectorError(text)
         return cast
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from steer_compile import SteerSpec, __version__
 from steer_compile.cli.main import app
@@ -134,7 +133,7 @@ def deaf() -> torch.nn.Module:
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
     )
     model: torch.nn.Module = transformers.LlamaForCausalLM(config)
-    torch.nn.init.zeros_(model.get_submodule("lm_head").weight)
+    model.get_parameter("lm_head.weight").data.zero_()
     return model
 
 

@@ -72,7 +72,9 @@ def test_fp64_is_not_rounded_to_fp32() -> None:
     h = torch.randn(3, WIDTH, dtype=torch.float64)
     _, table, rows, scale = inputs(torch.float32, 0, 3)
     assert torch.equal(add_rows(h, table, torch.zeros_like(rows), scale), h)
-    torch.testing.assert_close(add_rows(h, table, rows, scale), add_rows_fp64(h, table, rows, scale), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        add_rows(h, table, rows, scale), add_rows_fp64(h, table, rows, scale), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

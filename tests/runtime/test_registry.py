@@ -136,7 +136,11 @@ OVERFLOW = {"post_block": {0: [3e38] * WIDTH}}
 REFUSED: list[tuple[Callable[[Runtime, Handle], object], type[SteerError], str]] = [
     (lambda r, h: r.register(Steering(unit(0, 1), unit(0, 2), unit(0, 3))), TableFull, "2 of 3 rows are in use and 2"),
     (lambda r, h: r.register(Steering(unit(0, 0), named="b")), UnknownName, "'b'; registered are: a"),
-    (lambda r, h: r.register(Steering({"post_block": {0: [1.0]}})), VectorError, "has 1 numbers but the site is 4 wide"),
+    (
+        lambda r, h: r.register(Steering({"post_block": {0: [1.0]}})),
+        VectorError,
+        "has 1 numbers but the site is 4 wide",
+    ),
     (lambda r, h: r.register(Steering(unit(7, 0))), SiteNotFound, "layers.7.post_block; 3 sites can be steered"),
     (lambda r, h: r.register(Steering({"mlp_out": {0: [1.0] * 4}})), SiteNotFound, "it steers post_block at all; add"),
     (lambda r, h: r.register(Steering(prefill=OVERFLOW, scale=10.0)), VectorError, "overflows the table's dtype"),
@@ -199,8 +203,10 @@ def test_release_and_assign() -> None:
         runtime.assign(form)
         with pytest.raises(NotSteered, match="is assigned to the next calls; assign other rows first"):
             runtime.release(handle)
-        with pytest.raises(NotSteered), runtime.steer():
-            runtime.release(handle)  # the block around it goes on with this handle
+        with runtime.steer():
+            with pytest.raises(NotSteered, match="is assigned to the next calls"):
+                runtime.release(handle)  # the block around it goes on with this handle
+            runtime.before_call(0, 2, 4)
     runtime.assign(None)
     runtime.release(handle)
     for call in (runtime.release, runtime.assign):
@@ -213,9 +219,12 @@ def test_a_steer_block_gives_its_rows_back() -> None:
     outer = runtime.register(Steering(unit(0, 0)))
     runtime.assign(outer)
     before = state(runtime)
-    with pytest.raises(NotSteered, match="no compiled graph ran inside the block"), runtime.steer(unit(0, 1)) as handles:
-        assert handles[0] is not None
-        assert runtime.status()["rows"] == 4
+    block = runtime.steer(unit(0, 1))
+    handles = block.__enter__()
+    assert handles[0] is not None
+    assert runtime.status()["rows"] == 4
+    with pytest.raises(NotSteered, match="no compiled graph ran inside the block"):
+        block.__exit__(None, None, None)
     assert state(runtime) == before
     with pytest.raises(ZeroDivisionError), runtime.steer(rows=[Steering(unit(0, 2)), outer, None]):
         raise ZeroDivisionError
@@ -230,7 +239,10 @@ def rows_of(runtime: Runtime, batch: int, length: int) -> Any:
 
 def test_the_index_follows_every_change() -> None:
     runtime = make(rows=8)
-    a, b = runtime.register(Steering(unit(0, 0))), runtime.register(Steering(unit(0, 1), tokens=TokenSelection(((0, 1),))))
+    a, b = (
+        runtime.register(Steering(unit(0, 0))),
+        runtime.register(Steering(unit(0, 1), tokens=TokenSelection(((0, 1),)))),
+    )
     p, d = a.rows["prefill"], a.rows["decode"]
     assert rows_of(runtime, 2, 3) == [[1, 1, 1]] * 2
     runtime.assign([a, b])

@@ -151,4 +151,4 @@ def test_a_span_is_a_pair_of_positions(spans: Any) -> None:
 def test_a_token_selection_selects_something() -> None:
     with pytest.raises(SpecError, match="selects nothing; give spans, last_prompt=True or generated=True"):
         TokenSelection()
-    assert TokenSelection([[0, None]]) == TokenSelection(((0, None),))  # type: ignore[arg-type, list-item]
+    assert TokenSelection([[0, None]]) == TokenSelection(((0, None),))  # type: ignore[arg-type]
