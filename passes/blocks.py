@@ -138,9 +138,18 @@ def group_blocks(flow: Dataflow, writes: list[Write]) -> tuple[list[Block], list
         if strong and branch.mixing == "weak":
             branch.mixing = ""
     keys = _keys(branches)
-    if any(keys):
+    if any(keys) and not _lists_of_halves(branches, keys):
         return _by_module(flow, branches, keys)
     return _by_kind(branches), []
+
+
+def _lists_of_halves(branches: list[Branch], keys: list[Path | None]) -> bool:
+    """Whether mixers and MLPs live in lists of their own, so that a block is one of each and no module."""
+    kinds: dict[Path, set[bool]] = {}
+    for branch, key in zip(branches, keys, strict=True):
+        if key is not None and branch.write.kind != "skip":
+            kinds.setdefault(key[:-1], set()).add(bool(branch.mixing))
+    return len(kinds) > 1 and all(len(k) == 1 for k in kinds.values()) and len(set(map(tuple, kinds.values()))) == 2
 
 
 def _indexed(owner: Path) -> list[Path]:

@@ -20,9 +20,14 @@ VIEW_OPS = frozenset(
 )
 """Operators whose result shares memory with their first argument."""
 
-MAYBE_ALIAS_OPS = frozenset("to type_as float half bfloat16 double contiguous dropout alpha_dropout identity".split())
+SELF_OPS = frozenset("to type_as float half bfloat16 double dropout alpha_dropout identity".split())
 """Operators that return their argument itself when there is nothing to do."""
 
+_SHAPE_OPS = frozenset(
+    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor "
+    "size dim numel element_size sym_size".split()
+)
+_SHAPE_OF_SECOND = frozenset("expand_as view_as reshape_as type_as".split())
 _INPLACE_FUNCTIONS = frozenset("iadd isub imul itruediv ipow iand ior ixor imatmul setitem".split())
 
 
@@ -174,13 +179,24 @@ def build_dataflow(graph: fx.Graph) -> Dataflow:
             if value not in inputs:
                 inputs.append(value)
                 flow.users[value].append(node)
-                mask |= 1 << order[value] | flow.ancestors[order[value]]
+                if not _reads_shape_only(node, arg):
+                    mask |= 1 << order[value] | flow.ancestors[order[value]]
         flow.inputs[node] = inputs
         flow.ancestors.append(mask)
         _note_aliases(flow, aliases, node)
         if node.op == "placeholder" and not is_state(node):
             flow._data_mask |= 1 << i
     return flow
+
+
+def _reads_shape_only(node: fx.Node, arg: fx.Node) -> bool:
+    """Whether the node takes the argument's shape, dtype or device, not its numbers."""
+    name = op_name(node)
+    if name in _SHAPE_OPS:
+        return node.args[:1] == (arg,)
+    if name == "getattr":
+        return node.args[1] in ("shape", "dtype", "device", "ndim", "layout")
+    return name in _SHAPE_OF_SECOND and len(node.args) > 1 and node.args[1] is arg and node.args[0] is not arg
 
 
 def _note_aliases(flow: Dataflow, aliases: _Aliases, node: fx.Node) -> None:
@@ -196,9 +212,16 @@ def _note_aliases(flow: Dataflow, aliases: _Aliases, node: fx.Node) -> None:
     name = op_name(node)
     if name == "getitem" and not _basic_index(node.args[1]):
         return
-    unchanged = name in MAYBE_ALIAS_OPS and dtype_of(node) == dtype_of(first)
-    if name in VIEW_OPS or unchanged:
+    if name in SELF_OPS and dtype_of(node) == dtype_of(first) and not _drops(node):
+        aliases.identity[node] = aliases.identity.get(first, first)
+    elif name in VIEW_OPS or name == "contiguous":
         aliases.base[node] = aliases.identity.get(first, first)
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a dropout is active."""
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else False)
+    return "dropout" in op_name(node) and training is not False
 
 
 def _basic_index(index: object) -> bool:

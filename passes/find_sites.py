@@ -17,7 +17,7 @@ from torch import fx
 from steer_compile.ir import Miss, Site, SiteTable
 from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
 from steer_compile.passes.branch_ends import branch_input
-from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, op_name
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, op_name, shape_of
 from steer_compile.passes.layout import dims_of, layout_of, permutation, stem_order
 from steer_compile.passes.residual import MIX_OPS, ResidualGraph, Write
 from steer_compile.passes.segments import Segment, segments_of
@@ -49,7 +49,7 @@ def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
         if homeless and not hazard:
             reason = f"the mixer branch added at {homeless.write.node.name} belongs to no block, so layers cannot be numbered"
         return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
-    multi = any(op_name(n) in MIX_OPS for w in spine.writes for n in w.skip)
+    multi = any(_carries_streams(flow, w) for w in spine.writes)
     builder = _Builder(flow, segments_of(flow, spine.writes, blocks), multi=multi)
     numbers = _numbers(blocks, partial or _begins_at_a_block(flow, blocks))
     if numbers is None:
@@ -70,6 +70,17 @@ def _numbers(blocks: list[Block], partial: bool) -> list[int] | None:
         return list(range(len(blocks)))
     indices = [int(b.key[-1]) for b in blocks if b.key and b.key[-1].isdigit()]
     return indices if len(indices) == len(blocks) and len(set(indices)) == len(indices) else None
+
+
+def _carries_streams(flow: Dataflow, write: Write) -> bool:
+    """Hyper-connections: m streams (..., m, H) that are mixed, or receive the outer product of a branch and m weights."""
+    shape = shape_of(write.node) or ()
+    if len(shape) != 4:
+        return False
+    if any(op_name(n) in MIX_OPS for n in write.skip):
+        return True
+    factors = [shape_of(v) or () for b in write.branch if op_name(b) == "mul" for v in flow.inputs[b]]
+    return any(s[-2:-1] == (1,) for s in factors) and any(s[-1:] == (1,) for s in factors)
 
 
 def _begins_at_a_block(flow: Dataflow, blocks: list[Block]) -> bool:

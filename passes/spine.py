@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from steer_compile.passes.dataflow import Dataflow, dtype_of, is_state, op_name, shape_of
+from steer_compile.passes.dataflow import Dataflow, dtype_of, op_name, shape_of
 from steer_compile.passes.residual import ResidualGraph, Write
 
 _ATTENTION = frozenset("scaled_dot_product_attention flex_attention multi_head_attention_forward".split())
@@ -156,7 +156,7 @@ def find_spine(residual: ResidualGraph) -> Spine:
 
 def _is_projection(flow: Dataflow, node: fx.Node) -> bool:
     """Whether the node multiplies an activation by parameters."""
-    return op_name(node) in _PROJECTIONS and any(is_state(v) for v in flow.inputs[node])
+    return op_name(node) in _PROJECTIONS and any(not flow.is_activation(v) for v in flow.inputs[node])
 
 
 def _projections(flow: Dataflow, chain: list[Write]) -> int:

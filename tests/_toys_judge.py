@@ -28,12 +28,22 @@ class Verdict:
         return "partial" if self.found else "refused"
 
 
+STREAM_NAMES = {
+    "mhc_streams_pre_attn": "pre_attn",
+    "mhc_streams_pre_mlp": "post_attn",
+    "mhc_streams_final": "post_block",
+}
+"""Hooks of parallel streams, and the hooks under which the toys record the same values."""
+
+
 def canonical(value: Tensor, layout: str, batch: int) -> Tensor:
     """`value` as (B, T, H) in fp32."""
     if layout == "time_first":
         value = value.transpose(0, 1)
     elif layout == "flat":
         value = value.reshape(batch, -1, value.shape[-1])
+    elif layout == "streams":
+        value = value.flatten(2)
     elif layout == "channels_first":
         value = value.transpose(1, 2)
     return value.float()
@@ -50,8 +60,11 @@ def _check_site(toy: Toy, site: Site, rights: list[Tensor], values: dict[str, Te
         return f"no tensor node {site.node}"
     batch = toy.inputs()[0].shape[0]
     shown = canonical(value, site.layout, batch)
-    if not any(equal(shown, canonical(right, toy.layout, batch)) for right in rights):
+    layout = site.layout if site.layout == "streams" else toy.layout
+    if not any(equal(shown, canonical(right, layout, batch)) for right in rights):
         return f"value of {site.node} is not the truth"
+    if site.layout == "streams":
+        value = value.flatten(2)
     if (site.width, site.dtype) != (value.shape[-1], value.dtype):
         return f"says width {site.width} {site.dtype}, is {tuple(value.shape)} {value.dtype}"
     numbers = [(said, real) for said, real in zip(site.shape, value.shape, strict=False) if isinstance(said, int)]
@@ -63,7 +76,7 @@ def _check_site(toy: Toy, site: Site, rights: list[Tensor], values: dict[str, Te
 def _wrong_sites(toy: Toy, table: SiteTable, values: dict[str, Tensor], truth: dict[Key, Tensor]) -> list[str]:
     wrong = []
     for site in table.sites:
-        key = (site.hook, site.layer)
+        key = (STREAM_NAMES.get(site.hook, site.hook), site.layer)
         rights = ([truth[key]] if key in truth else []) + toy.tape.alternatives.get(key, [])
         if rights:
             problem = _check_site(toy, site, rights, values)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +22,7 @@ from steer_compile.demo.plot import draw_response
 from steer_compile.demo.report import report, show
 from steer_compile.demo.run import CURVE, QUICK_CURVE, Demo, Result, Styles
 from steer_compile.demo.subject import Sampling, Shapes, Subject
-from steer_compile.errors import CheckpointError
+from steer_compile.errors import CheckpointError, SteerError
 
 STRENGTH = 2.5
 LAYER_SHARE = 0.25
@@ -54,6 +57,8 @@ def demo(
     """
     if not 0 < strength < inf:
         raise typer.BadParameter("give a positive number", param_hint="--strength")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SteerError("the demo draws with matplotlib: pip install 'steer-compile[demo]'")
     shapes = QUICK if quick else FULL
     with progress(None) as step:
         step("reading the model", 0)
@@ -61,14 +66,11 @@ def demo(
     folder = loaded.folder
     if folder is None:
         raise CheckpointError(f"{model} is a function; the demo generates text and takes a Hugging Face directory")
-    if sum(p.numel() for p in loaded.model.parameters()) < SMALL:
-        torch.set_num_threads(1)
     styles = read_styles(folder, positive, negative, QUICK_PASSAGES if quick else PASSAGES, shapes.rows)
     scorer = style_scorer(folder) if positive is None else None
     curve = QUICK_CURVE if quick else CURVE
     compare = inner == "inductor" and not quick
-    with progress(6 + compare + len(curve)) as step, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with progress(6 + compare + len(curve)) as step, _settings(loaded.model):
         chosen = layer if layer is not None else default_layer(loaded.model)
         subject = Subject(
             loaded.model, tokenizer_of(loaded.model, folder), shapes, (chosen,), inner, Sampling(TEMPERATURE)
@@ -90,6 +92,20 @@ def _finish(out: Path, result: Result, styles: Styles, data: dict[str, Any], as_
         return
     show(console(), result, styles)
     notes().print(f"wrote {shown(out / 'strength.png')} and {shown(out / 'report.json')}", highlight=False)
+
+
+@contextmanager
+def _settings(model: nn.Module) -> Iterator[None]:
+    """No gradients, no warnings of the compiler, and one thread for a small model."""
+    threads = torch.get_num_threads()
+    if sum(p.numel() for p in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def default_layer(model: nn.Module) -> int:

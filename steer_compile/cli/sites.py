@@ -79,6 +79,10 @@ def collect_sites(model: nn.Module, inputs: dict[str, Any]) -> SiteTable:
     return backend.sites
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _dims(site: Site) -> str:
     return "[" + ", ".join(str(d) for d in (*site.shape, site.width)) + "]"
 
@@ -106,7 +110,10 @@ def _print(loaded: Loaded, table: SiteTable, chosen: SiteTable, missing: list[Mi
     out = console()
     kind = "several graphs" if table.partial else "one graph"
     if chosen.sites:
-        rows = Table(title=f"{loaded.name}: {len(chosen)} sites, {table.n_layers} layers, {kind}", title_justify="left")
+        rows = Table(
+            title=f"{loaded.name}: {_counted(len(chosen), 'site')}, {_counted(table.n_layers, 'layer')}, {kind}",
+            title_justify="left",
+        )
         for name in ("layer", "hook", "width", "dtype", "shape", "layout", "node"):
             rows.add_column(name, justify="right" if name in ("layer", "width") else "left")
         for s in chosen:

@@ -19,7 +19,6 @@ from steer_compile.backend import SteerBackend, steer_backend
 from steer_compile.cli.load import Loaded, load
 from steer_compile.cli.output import INNER_HELP, JSON_HELP, check_inner, console, notes, print_json, progress
 from steer_compile.cli.sites import collect_sites
-from steer_compile.coverage.oracle import logits_of
 from steer_compile.errors import SiteNotFound, SpecError
 from steer_compile.hooks import HOOKS, STREAM_HOOKS
 from steer_compile.ir import SiteTable
@@ -117,7 +116,11 @@ def default_spec(table: SiteTable, inputs: dict[str, Any]) -> SteerSpec:
 
 
 def _logits(output: Any) -> Tensor:
-    return (output if isinstance(output, Tensor) else logits_of(output)).float()
+    """The model's result: a tensor, the ``logits`` of an output object, or the first of several."""
+    if not isinstance(output, Tensor):
+        output = output.logits if hasattr(output, "logits") else output[0]
+    result: Tensor = output
+    return result.float()
 
 
 def check_model(loaded: Loaded, spec: SteerSpec, inner: str, step: Step) -> Outcome:

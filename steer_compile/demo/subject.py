@@ -122,7 +122,8 @@ class Subject:
             with self.backend.runtime.capture() as log:
                 self._generate(ids, mask, 1)
             weight = mask[: len(some)].unsqueeze(-1).float()
+            count = weight.sum(1).clamp_min(1.0)  # an empty text has no tokens
             for hook, layer in log:
                 stream = log[hook, layer][: len(some), : ids.shape[1]].float()
-                means.setdefault(layer, []).append((stream * weight).sum(1) / weight.sum(1))
+                means.setdefault(layer, []).append((stream * weight).sum(1) / count)
         return {layer: torch.cat(parts) for layer, parts in means.items()}

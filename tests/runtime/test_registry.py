@@ -1,5 +1,6 @@
 """`Registry` and `Runtime` without a model: what lies in the rows of the tables, and that a refusal changes nothing."""
 
+import json
 import math
 import threading
 from collections.abc import Callable
@@ -305,3 +306,21 @@ def test_threads_register_and_release_while_calls_go_on() -> None:
     assert sum(done) > 0
     status = runtime.status()
     assert (status["rows"], status["handles"]) == (0, 0)
+
+
+def test_status_is_plain_data() -> None:
+    runtime = make(bound=False)
+    assert runtime.status()["sites"] == []
+    assert runtime.status()["bytes"] == 0
+    bind(runtime, runtime._spec)
+    handle = fill(runtime)
+    assert json.loads(json.dumps(runtime.status())) == {
+        "rows": 2,
+        "rows_capacity": 4,
+        "handles": 1,
+        "named": {"a": runtime.names["a"]},
+        "calls": 0,
+        "sites": [f"layers.{n}.post_block" for n in range(LAYERS)],
+        "bytes": 4 * (LAYERS * (4 + 3) * WIDTH + 16 + (4 + 3)),
+    }
+    assert handle.rows == {"prefill": 3, "decode": 4}
