@@ -166,7 +166,9 @@ def _keys(branches: list[Branch]) -> list[Path | None]:
         if outer[start] is None:
             continue
         run = branches[start:stop]
-        rounds = sum(1 for a, b in zip(run, run[1:], strict=False) if not a.mixing and b.mixing and a.write.kind != "skip")
+        rounds = sum(
+            1 for a, b in zip(run, run[1:], strict=False) if not a.mixing and b.mixing and a.write.kind != "skip"
+        )
         parts = [branches[start + i : start + j] for i, j in _runs(inner[start:stop])]
         whole = all(any(b.mixing for b in part) for part in parts) and all(inner[start:stop])
         deeper |= rounds > 0 and len(parts) > 1 and whole
@@ -180,9 +182,7 @@ def _runs(keys: list[Path | None]) -> list[tuple[int, int]]:
     return list(zip(cuts, cuts[1:], strict=False))
 
 
-def _by_module(
-    flow: Dataflow, branches: list[Branch], keys: list[Path | None]
-) -> tuple[list[Block], list[Branch]]:
+def _by_module(flow: Dataflow, branches: list[Branch], keys: list[Path | None]) -> tuple[list[Block], list[Branch]]:
     blocks: list[Block] = []
     loose: list[Branch] = []
     family, lone = _family(keys), _memory_readers(flow, branches, keys)

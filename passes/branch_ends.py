@@ -24,21 +24,9 @@ def branch_input(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> fx.Nod
     if not region:
         return None
     inside = set(region)
-    graph = nx.DiGraph()
-    graph.add_node(fork)
-    for node in region:
-        for value in flow.inputs[node]:
-            if value is fork or value in inside:
-                graph.add_edge(value, node)
-    if region[-1] not in graph:
+    chain = _dominators(flow, fork, region)
+    if not chain:
         return None
-    above = nx.immediate_dominators(graph, fork)
-    chain = [region[-1]]
-    while chain[0] is not fork:
-        parent = above.get(chain[0])
-        if parent is None:
-            return None
-        chain.insert(0, parent)
     first = next((n for n in region if op_name(n) in _PROJECTIONS), None)
     limit = flow.order[first] if first is not None else flow.order[region[-1]]
     result = fork
@@ -51,6 +39,22 @@ def branch_input(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> fx.Nod
     if result is fork and not all(_takes_input(n) for n in flow.users[fork] if n in inside):
         return None
     return result
+
+
+def _dominators(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> list[fx.Node]:
+    """Values that every path from the fork to the end of the region passes, in order; empty when there is no path."""
+    inside = {fork, *region}
+    graph = nx.DiGraph()
+    graph.add_node(fork)
+    graph.add_edges_from((value, node) for node in region for value in flow.inputs[node] if value in inside)
+    above = nx.immediate_dominators(graph, fork)
+    chain = [region[-1]]
+    while chain[0] is not fork:
+        parent = above.get(chain[0])
+        if parent is None:
+            return []
+        chain.insert(0, parent)
+    return chain
 
 
 def _takes_input(node: fx.Node) -> bool:

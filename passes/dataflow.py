@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from steer_compile import torch_compat
+
 VIEW_OPS = frozenset(
     "view reshape transpose permute unsqueeze squeeze narrow select expand expand_as chunk split unbind flatten "
     "unflatten t swapaxes swapdims movedim view_as reshape_as getitem detach mT T ravel".split()
@@ -44,10 +46,10 @@ def raw_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
-    name: str = target.__name__ if callable(target) and "__name__" in dir(target) else str(target)
-    return name
+    overload = torch_compat.overload_name(target)
+    if overload is not None:
+        return overload
+    return str(target.__name__) if callable(target) and "__name__" in dir(target) else str(target)
 
 
 def is_inplace(node: fx.Node) -> bool:
@@ -55,7 +57,11 @@ def is_inplace(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = raw_name(node)
-    return name in _INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+    return (
+        name in _INPLACE_FUNCTIONS
+        or (name.endswith("_") and not name.endswith("__"))
+        or bool(node.kwargs.get("inplace"))
+    )
 
 
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:

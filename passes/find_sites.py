@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from steer_compile.hooks import MULTI_STREAM_HOOKS
 from steer_compile.ir import Miss, Site, SiteTable
 from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
 from steer_compile.passes.branch_ends import branch_input
@@ -47,13 +48,16 @@ def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
     if hazard or homeless or not blocks:
         reason = hazard or "the residual writes of this graph belong to no block"
         if homeless and not hazard:
-            reason = f"the mixer branch added at {homeless.write.node.name} belongs to no block, so layers cannot be numbered"
+            node = homeless.write.node
+            reason = f"the mixer branch added at {node.name} belongs to no block, so layers cannot be numbered"
         return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
     multi = any(_carries_streams(flow, w) for w in spine.writes)
     builder = _Builder(flow, segments_of(flow, spine.writes, blocks), multi=multi)
     numbers = _numbers(blocks, partial or _begins_at_a_block(flow, blocks))
     if numbers is None:
-        reason = "the graph begins at or inside a block, so its layer number is unknown; remove the graph break in the block"
+        reason = (
+            "the graph begins at or inside a block, so its layer number is unknown; remove the graph break in the block"
+        )
         return SiteTable(misses=(Miss(None, "*", reason),), partial=True)
     for number, block in zip(numbers, blocks, strict=True):
         builder.add_block(number, block)
@@ -73,7 +77,7 @@ def _numbers(blocks: list[Block], partial: bool) -> list[int] | None:
 
 
 def _carries_streams(flow: Dataflow, write: Write) -> bool:
-    """Hyper-connections: m streams (..., m, H) that are mixed, or receive the outer product of a branch and m weights."""
+    """Hyper-connections: streams (..., m, H) that are mixed, or receive the outer product of a branch and m weights."""
     shape = shape_of(write.node) or ()
     if len(shape) != 4:
         return False
@@ -199,14 +203,21 @@ class _Builder:
                 readers.append(chain[chain.index(node) + 1])
         return readers
 
-    def _site(self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...]) -> None:
+    def _site(
+        self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...]
+    ) -> None:
         dims, dtype = dims_of(node), dtype_of(node)
-        layout = layout_of(node, self._order_at(node), self.multi)
+        layout = layout_of(node, self._order_at(node), hook in MULTI_STREAM_HOOKS)
         if layout == "streams" and isinstance(dims[-1], int) and isinstance(dims[-2], int):
             dims = (*dims[:-2], dims[-2] * dims[-1])
         if not layout or dtype is None or not isinstance(dims[-1], int):
             shape = ", ".join(str(d) for d in dims)
-            self._miss(layer, hook, f"value {node.name} has shape ({shape}); tokens in front and a fixed width are needed", node)
+            self._miss(
+                layer,
+                hook,
+                f"value {node.name} has shape ({shape}); tokens in front and a fixed width are needed",
+                node,
+            )
             return
         self.sites.append(Site(layer, hook, node.name, dims[-1], dtype, dims[:-1], layout, users, skips))
 

@@ -30,6 +30,11 @@ _SAME_OPS = frozenset(
     "flatten unflatten identity view_as reshape_as detach expand expand_as getitem nan_to_num lift_fresh alias "
     "_to_copy to_copy convert_element_type checkpoint_name".split()
 )
+_KINDS = {
+    **dict.fromkeys(NORM_OPS, "norm"),
+    **dict.fromkeys(_LAYOUT_OPS, "layout"),
+    **dict.fromkeys(_SAME_OPS, "same"),
+}
 _SCALE_OPS = frozenset("mul multiply div truediv true_divide divide".split())
 _SHIFT_OPS = frozenset("add sub subtract".split())
 _GUARD_OPS = frozenset("clamp clip where masked_fill".split())
@@ -39,7 +44,7 @@ _MAX_WALK = 64
 
 @dataclass(frozen=True)
 class Back:
-    """One step from a value to the value that it carries on. ``kind``: same, layout, scale, shift, gate, mix or norm."""
+    """One step back along the stream. ``kind``: same, layout, scale, shift, gate, mix or norm."""
 
     node: fx.Node
     kind: str
@@ -75,20 +80,14 @@ def passes_back(flow: Dataflow, node: fx.Node) -> Iterator[Back]:
     if node.op not in ("call_function", "call_method") or not inputs or shape is None or not _is_float(node):
         return
     name = op_name(node)
-    first = inputs[0]
-    if name in NORM_OPS:
-        yield Back(first, "norm")
+    kind = _KINDS.get(name)
+    if kind is not None:
+        if kind != "same" or _numel(shape) == _numel(shape_of(inputs[0])):
+            yield Back(inputs[0], kind)
     elif name in MIX_OPS:
         yield from _through_mixing(node, inputs)
-    elif name in _LAYOUT_OPS:
-        yield Back(first, "layout")
-    elif name in _SAME_OPS:
-        if _numel(shape) == _numel(shape_of(first)):
-            yield Back(first, "same")
     elif name in _GUARD_OPS:
-        for value in inputs:
-            if _same_shape(value, node):
-                yield Back(value, "scale")
+        yield from (Back(value, "scale") for value in inputs if _same_shape(value, node))
     elif name in _SCALE_OPS or name in _SHIFT_OPS:
         yield from _through_arithmetic(flow, node, inputs, name)
 
@@ -159,7 +158,9 @@ def _operands(flow: Dataflow, node: fx.Node) -> list[_Operand]:
         return []
     by_name = flow.resolved.get(node, {})
     args = [by_name[a] for a in node.args if isinstance(a, fx.Node) and a in by_name and _is_float(by_name[a])]
-    args += [by_name[a] for a in node.kwargs.values() if isinstance(a, fx.Node) and a in by_name and _is_float(by_name[a])]
+    args += [
+        by_name[a] for a in node.kwargs.values() if isinstance(a, fx.Node) and a in by_name and _is_float(by_name[a])
+    ]
     if len(args) < 2:
         return []
     if any((shape_of(a) or (0,))[-1] != (shape_of(node) or (0,))[-1] for a in args[:2]):
@@ -167,7 +168,7 @@ def _operands(flow: Dataflow, node: fx.Node) -> list[_Operand]:
     head, rest = args[0], tuple(args[1:])
     if name == "add":
         plain = node.kwargs.get("alpha", 1) == 1
-        return [_Operand((head,), True), _Operand((args[1],), plain)]
+        return [_Operand((head,), True), _Operand((args[1],), bool(plain))]
     if name == "rsub":
         return [_Operand((head,), False, carries=False), _Operand((args[1],), True)]
     return [_Operand((head,), name != "lerp"), _Operand(rest, False, carries=False)]
@@ -211,9 +212,9 @@ class ResidualGraph:
         while todo and len(seen) < _MAX_WALK:
             path, absorbed = todo.popleft()
             value = path[0]
-            if any(self.flow.depends(b, value) or b is value for b in branch) and shape_of(value):
-                if _numel(shape_of(value)) == _numel(shape_of(add)):
-                    return path, absorbed
+            read = any(self.flow.depends(b, value) or b is value for b in branch)
+            if read and shape_of(value) and _numel(shape_of(value)) == _numel(shape_of(add)):
+                return path, absorbed
             steps = [b.node for b in passes_back(self.flow, value) if b.kind not in ("norm", "shift")]
             inner = self.writes.get(value)
             passed = absorbed
@@ -227,7 +228,7 @@ class ResidualGraph:
         return None
 
     def _as_long_skip(self, write: Write, operands: list[_Operand]) -> Write | None:
-        """A U-Net, dense or recurrent skip: the "branch" is the stream itself and the "skip" one of its older values."""
+        """A U-Net, dense or recurrent skip: the "branch" is the stream and the "skip" one of its older values."""
         if len(write.branch) != 1:
             return None
         reached = self._write_behind(write.branch[0], ("same", "scale", "layout"))

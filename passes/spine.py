@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
+from steer_compile import torch_compat
 from steer_compile.passes.dataflow import Dataflow, dtype_of, op_name, shape_of
 from steer_compile.passes.residual import ResidualGraph, Write
 
@@ -36,9 +36,7 @@ def is_opaque_region(node: fx.Node) -> bool:
     """Whether the node runs a graph or a fused layer of its own that could hold residual writes."""
     if node.op != "call_function":
         return node.op == "call_module"
-    return isinstance(node.target, torch._ops.HigherOrderOperator) or op_name(node) in {
-        n.strip("_") for n in _FUSED
-    }
+    return torch_compat.is_higher_order(node.target) or op_name(node) in {n.strip("_") for n in _FUSED}
 
 
 def token_mixing(flow: Dataflow, region: list[fx.Node]) -> str:
@@ -198,7 +196,8 @@ def _broken_reason(flow: Dataflow, main: list[Write], others: tuple[tuple[Write,
     for other in others:
         top = other[-1].node
         if flow.depends(entry, top) and _dominates(flow, top, entry):
-            return f"the stream is cut between {top.name} and {entry.name}: {_describe(list(other))}, then {_describe(main)}"
+            parts = f"{_describe(list(other))}, then {_describe(main)}"
+            return f"the stream is cut between {top.name} and {entry.name}: {parts}"
     return ""
 
 
@@ -208,7 +207,9 @@ def _interleaved_reason(flow: Dataflow, main: list[Write], chains: list[list[Wri
     for other in chains:
         if other is main or len(other) < 2 or any(w.node in forks for w in other):
             continue
-        feeds = sum(flow.depends(m.node, o.node) and flow.depends(o.node, m.fork) for o, m in zip(other, main, strict=False))
+        feeds = sum(
+            flow.depends(m.node, o.node) and flow.depends(o.node, m.fork) for o, m in zip(other, main, strict=False)
+        )
         exact = all("norm" not in w.path_kinds for w in other[1:])
         if exact and feeds >= 2 and len(other) * 2 >= len(main):
             return f"two streams feed each other in turn (reversible blocks): {_describe(main)}; {_describe(other)}"
@@ -223,9 +224,9 @@ def _dominates(flow: Dataflow, gate: fx.Node, node: fx.Node) -> bool:
             if value is gate or value in seen:
                 continue
             dtype = dtype_of(value)
-            if op_name(value) == "embedding" or (value.op == "placeholder" and flow.is_activation(value)):
-                if dtype is not None and dtype.is_floating_point:
-                    return False
+            source = op_name(value) == "embedding" or (value.op == "placeholder" and flow.is_activation(value))
+            if source and dtype is not None and dtype.is_floating_point:
+                return False
             seen.add(value)
             todo.append(value)
     return True

@@ -8,6 +8,15 @@ from steer_compile.runtime.vectors import Steering, TokenSelection, vector_set
 from steer_compile.spec import HookSelection, SteerSpec
 
 __all__ = [
-    "Handle", "HookSelection", "Runtime", "SteerBackend", "SteerError", "SteerSpec", "Steering", "TokenSelection",
-    "__version__", "steer_backend", "vector_set",
+    "Handle",
+    "HookSelection",
+    "Runtime",
+    "SteerBackend",
+    "SteerError",
+    "SteerSpec",
+    "Steering",
+    "TokenSelection",
+    "__version__",
+    "steer_backend",
+    "vector_set",
 ]

@@ -141,7 +141,9 @@ def steer_backend(spec: SteerSpec, inner: Inner = "inductor", **kwargs: Any) -> 
         SpecError: ``spec`` is not a `SteerSpec`.
     """
     if not isinstance(spec, SteerSpec):
-        raise SpecError(f"steer_backend takes a SteerSpec, not {type(spec).__name__}; build SteerSpec(steer=(...), ...)")
+        raise SpecError(
+            f"steer_backend takes a SteerSpec, not {type(spec).__name__}; build SteerSpec(steer=(...), ...)"
+        )
     return SteerBackend(spec, inner, kwargs)
 
 
@@ -156,7 +158,11 @@ def _refusal(error: SteerError) -> Callable[..., Any]:
 
 def _computes_with_weights(gm: fx.GraphModule) -> bool:
     """Whether the graph could be a model: at least two projections. Masks and position tables are graphs too."""
-    names = [str(n.target) if isinstance(n.target, str) else repr(n.target) for n in gm.graph.nodes if n.op.startswith("call")]
+    names = [
+        str(n.target) if isinstance(n.target, str) else repr(n.target)
+        for n in gm.graph.nodes
+        if n.op.startswith("call")
+    ]
     return sum("linear" in n or "matmul" in n or "conv" in n or "addmm" in n or "mm" in n for n in names) >= 2
 
 

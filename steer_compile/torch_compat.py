@@ -66,3 +66,17 @@ def kernel_count() -> int:
     from torch._inductor import metrics
 
     return int(metrics.generated_kernel_count)
+
+
+DynamoError = torch._dynamo.exc.TorchDynamoException
+"""What Dynamo raises for code that it cannot trace. Run on torch 2.11 and 2.13."""
+
+
+def overload_name(target: object) -> str | None:
+    """Bare name of an operator overload such as ``aten.add.Tensor``, else None. Run on torch 2.11 and 2.13."""
+    return str(target.overloadpacket.__name__) if isinstance(target, torch._ops.OpOverload) else None
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether a target runs graphs of its own (checkpoint, scan, cond). Run on torch 2.11 and 2.13."""
+    return isinstance(target, torch._ops.HigherOrderOperator)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer_compile import HookSelection, Steering, SteerSpec, TokenSelection, steer_backend
 from steer_compile.errors import NotSteered, SiteNotFound, VectorError
-from steer_compile.hooks import HOOKS
+from steer_compile.hooks import BRANCH_HOOKS, STREAM_HOOKS
 from tests._models import (
     LAYERS,
     WIDTH,
@@ -33,7 +33,7 @@ STREAM = ("pre_attn", "post_attn", "post_block")
 
 
 def hooks_of(name: str) -> tuple[str, ...]:
-    return (*STREAM, "attn_in", "attn_out") if name == "mamba" else HOOKS
+    return (*STREAM, "attn_in", "attn_out") if name == "mamba" else (*STREAM_HOOKS, *BRANCH_HOOKS)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:

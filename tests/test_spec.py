@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steer_compile import HookSelection, SteerSpec, steer_backend
 from steer_compile.errors import SpecError
-from steer_compile.hooks import HOOKS, is_stream_hook, parse_hook, parse_site
+from steer_compile.hooks import BRANCH_HOOKS, HOOKS, is_stream_hook, parse_hook, parse_site
 from steer_compile.spec import PLACEMENTS, LayersLike, Selections, parse_layers
 
 LAYERS = st.one_of(st.just("all"), st.lists(st.integers(-40, 90), min_size=1, max_size=5, unique=True))
@@ -119,7 +119,7 @@ def test_names_of_transformer_lens(alias: str, hook: str) -> None:
     assert parse_hook(alias) == hook
     assert SteerSpec(steer=alias) == SteerSpec(steer=(hook,))
     assert parse_site(f"blocks.3.{alias}") == parse_site(f"layers.3.{hook}") == (hook, 3)
-    assert is_stream_hook(hook) == (hook.startswith(("write_", "post_")) or hook == "pre_attn")
+    assert is_stream_hook(hook) == (hook not in BRANCH_HOOKS)
 
 
 @pytest.mark.parametrize("text", ["", "3.post_block", "layers.x.post_block", "layers.3", "blocks.-1.post_block.x"])

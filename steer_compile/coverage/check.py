@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from steer_compile import torch_compat
 from steer_compile.backend import SteerBackend, steer_backend
 from steer_compile.coverage.oracle import Reference, edit_block_output, logits_of, reference_states
 from steer_compile.coverage.zoo import class_name, tiny_inputs, tiny_model
@@ -100,7 +101,7 @@ def _plain(model: torch.nn.Module, inputs: dict[str, Any], inner: str) -> tuple[
     whole = True
     try:
         logits = logits_of(torch.compile(model, backend=inner, fullgraph=True)(**inputs))
-    except torch._dynamo.exc.TorchDynamoException:
+    except torch_compat.DynamoError:
         torch.compiler.reset()
         whole = False
         logits = logits_of(torch.compile(model, backend=inner)(**inputs))
@@ -110,7 +111,11 @@ def _plain(model: torch.nn.Module, inputs: dict[str, Any], inner: str) -> tuple[
 
 def _captures_match(record: Record, log: Any, reference: Reference) -> bool:
     last = len(reference.post) - 1
-    wanted = [((hook, layer), value) for hook in ("pre_attn", "mhc_streams_pre_attn") for layer, value in enumerate(reference.pre)]
+    wanted = [
+        ((hook, layer), value)
+        for hook in ("pre_attn", "mhc_streams_pre_attn")
+        for layer, value in enumerate(reference.pre)
+    ]
     wanted += [(("post_block", layer), value) for layer, value in enumerate(reference.post)]
     wanted.append((("mhc_streams_final", last), reference.post[last]))
     captured = set(log)
@@ -126,14 +131,18 @@ def _captures_match(record: Record, log: Any, reference: Reference) -> bool:
     return len(captured) >= len(reference.post)
 
 
-def _steers(record: Record, model: torch.nn.Module, inputs: dict[str, Any], backend: SteerBackend, compiled: Any) -> bool:
+def _steers(
+    record: Record, model: torch.nn.Module, inputs: dict[str, Any], backend: SteerBackend, compiled: Any
+) -> bool:
     layer = backend.sites.n_layers // 2
     site = ("post_block", layer)
     if backend.runtime.tables.width(site) is None:  # parallel streams: what leaves a block enters the next
         site = ("mhc_streams_pre_attn", layer + 1)
     width = backend.runtime.tables.width(site) or 0
     vector = torch.randn(width, generator=torch.Generator().manual_seed(7))
-    with edit_block_output(model, layer, lambda value: value + vector.view(value.shape[2:] if value.dim() == 4 else -1), inputs=inputs):
+    with edit_block_output(
+        model, layer, lambda value: value + vector.view(value.shape[2:] if value.dim() == 4 else -1), inputs=inputs
+    ):
         wanted = logits_of(model(**inputs))
     with backend.runtime.steer({site: vector}):
         got = logits_of(compiled(**inputs))

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (the lines of the plans)
 """Plans and graphs as text. `EXPECTTEST_ACCEPT=1 pytest tests/passes/test_goldens.py` writes the plans anew."""
 
 from pathlib import Path
