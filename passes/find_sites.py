@@ -58,7 +58,7 @@ def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
         reason = (
             "the graph begins at or inside a block, so its layer number is unknown; remove the graph break in the block"
         )
-        return SiteTable(misses=(Miss(None, "*", reason),), partial=True)
+        return SiteTable(misses=(Miss(None, "*", reason),), partial=True, unnumbered=True)
     for number, block in zip(numbers, blocks, strict=True):
         builder.add_block(number, block)
     if multi:
@@ -73,7 +73,10 @@ def _numbers(blocks: list[Block], partial: bool) -> list[int] | None:
     if not partial:
         return list(range(len(blocks)))
     indices = [int(b.key[-1]) for b in blocks if b.key and b.key[-1].isdigit()]
-    return indices if len(indices) == len(blocks) and len(set(indices)) == len(indices) else None
+    containers = {b.key[:-1] for b in blocks}
+    # A lone index may be that of a list inside the block, when the graph is the block's own function.
+    plain = len(indices) == len(blocks) > 1 and len(containers) == 1 and len(set(indices)) == len(indices)
+    return indices if plain else None
 
 
 def _carries_streams(flow: Dataflow, write: Write) -> bool:

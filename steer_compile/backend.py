@@ -86,7 +86,8 @@ class SteerBackend:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
         """Splice the plan into ``gm``; returns what wraps the compiled graph, or None for a part without sites."""
         if not table.sites:
-            if table.partial or not _computes_with_weights(gm):
+            weighty = _computes_with_weights(gm)
+            if not weighty or (table.partial and not table.unnumbered):
                 return None
             reason = table.misses[0].reason if table.misses else "no residual stream"
             raise SiteNotFound(f"no site in this model: {reason}; see `steer-compile sites` for what exists")

@@ -82,6 +82,8 @@ class SiteTable:
     layers: tuple[int, ...] = ()
     partial: bool = False
     """Whether the graph is one of several of a model (a graph break cut it)."""
+    unnumbered: bool = False
+    """Whether the graph writes a stream whose layer numbers are unknown."""
 
     @property
     def n_layers(self) -> int:

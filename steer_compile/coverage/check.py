@@ -34,13 +34,16 @@ class Record:
     layers: int = 0
     graphs: int = 0
     reason: str = ""
+    broken: str = ""
 
     @property
     def passed(self) -> bool:
         return all((self.compiles, self.sites, self.capture, self.steer, self.idle))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        del fields["broken"]
+        return fields
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -64,6 +67,8 @@ def check_type(model_type: str, inner: str = "eager") -> Record:
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             first = str(error).strip().splitlines()
             record.reason = record.reason or f"{type(error).__name__}: {first[0] if first else ''}"
+    if record.reason and record.broken:
+        record.reason += f" (graph break: {record.broken})"
     return record
 
 
@@ -73,7 +78,8 @@ def _check(record: Record, inner: str) -> None:
     reference = reference_states(watched, inputs)
     # A model of its own: reading hidden_states leaves hooks behind that Dynamo cannot trace.
     model = tiny_model(record.type)
-    base, whole = _plain(model, inputs, inner)
+    base, broken = _plain(model, inputs, inner)
+    record.broken = broken
     record.compiles = close(base, reference.logits)
     if not record.compiles:
         record.reason = "the compiled model's logits differ from eager without any steering"
@@ -96,17 +102,17 @@ def _check(record: Record, inner: str) -> None:
     record.steer = _steers(record, watched, inputs, backend, compiled)
 
 
-def _plain(model: torch.nn.Module, inputs: dict[str, Any], inner: str) -> tuple[torch.Tensor, bool]:
-    """Logits of the compiled model without steering, and whether it is one graph; others are compiled in parts."""
-    whole = True
+def _plain(model: torch.nn.Module, inputs: dict[str, Any], inner: str) -> tuple[torch.Tensor, str]:
+    """Logits of the compiled model without steering, and why it is not one graph; such models compile in parts."""
+    broken = ""
     try:
         logits = logits_of(torch.compile(model, backend=inner, fullgraph=True)(**inputs))
-    except torch_compat.DynamoError:
+    except torch_compat.DynamoError as error:
+        broken = str(error).strip().splitlines()[0]
         torch.compiler.reset()
-        whole = False
         logits = logits_of(torch.compile(model, backend=inner)(**inputs))
     torch.compiler.reset()
-    return logits, whole
+    return logits, broken
 
 
 def _captures_match(record: Record, log: Any, reference: Reference) -> bool:
