@@ -88,7 +88,7 @@ def _check(record: Record, inner: str) -> None:
     hooks = ("mhc_streams_pre_attn", "mhc_streams_final") if multi else ("pre_attn", "post_block")
     spec = SteerSpec(steer=hooks, capture=hooks, rows=2, max_tokens=max(1024, tokens))
     backend = steer_backend(spec, inner=inner)
-    compiled = torch.compile(model, backend=backend, fullgraph=whole)
+    compiled = torch.compile(model, backend=backend, fullgraph=not broken)
     record.sites = False
     with backend.runtime.capture() as log:
         idle = logits_of(compiled(**inputs))
