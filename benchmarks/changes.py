@@ -16,7 +16,7 @@ from steer_compile import Steering
 
 
 class Events:
-    """What the compiler did since this was made: graphs compiled, CUDA graphs recorded, runs outside of a CUDA graph."""
+    """What the compiler did since this was made: graphs compiled, CUDA graphs recorded, runs outside of them."""
 
     def __init__(self) -> None:
         self.recorded = 0

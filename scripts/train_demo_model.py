@@ -244,7 +244,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         keep = min(options.ema, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.average, [one.detach() for one in self.model.parameters()], 1 - keep)
+        for kept, new in zip(self.average, self.model.parameters(), strict=True):
+            kept.lerp_(new.detach(), 1 - keep)
         self.steps += 1
         return cast(Tensor, value.detach())
 
