@@ -74,8 +74,9 @@ def _numbers(blocks: list[Block], partial: bool) -> list[int] | None:
         return list(range(len(blocks)))
     indices = [int(b.key[-1]) for b in blocks if b.key and b.key[-1].isdigit()]
     containers = {b.key[:-1] for b in blocks}
-    # A lone index may be that of a list inside the block, when the graph is the block's own function.
-    plain = len(indices) == len(blocks) > 1 and len(containers) == 1 and len(set(indices)) == len(indices)
+    # A lone index behind an argument may be that of a list inside the block: the graph is the block's own function.
+    lone = len(blocks) == 1 and blocks[0].first.path[0].op == "placeholder"
+    plain = len(indices) == len(blocks) == len(set(indices)) and len(containers) == 1 and not lone
     return indices if plain else None
 
 

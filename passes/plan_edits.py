@@ -16,6 +16,11 @@ def resolve_layers(selection: HookSelection, table: SiteTable) -> tuple[int, ...
         return table.layers
     if selection.hook == "mhc_streams_final":
         return table.layers[-1:]
+    if table.partial and any(isinstance(n, int) and n < 0 for n in selection.layers):
+        raise SiteNotFound(
+            f"{selection.hook} at layers {selection.layers}: negative layers need the whole model in one graph, and "
+            "this one has graph breaks; give the layers' numbers"
+        )
     count = max(table.layers, default=-1) + 1
     return tuple(layer + count if layer < 0 else layer for layer in selection.layers if isinstance(layer, int))
 
@@ -110,14 +115,19 @@ def _bank_key(op: str, site: Site, spec: SteerSpec) -> tuple[object, ...]:
 
 
 def _grow(spec: SteerSpec, wanted: Iterable[tuple[str, Site]], banks: tuple[Bank, ...]) -> tuple[Bank, ...]:
-    """Existing banks, and one new bank for each (kind, width, dtype) of the sites that have no slot yet."""
+    """Existing banks, and new ones for the sites that have no slot yet.
+
+    Steered sites of one width and dtype share a bank. Each captured site has its own: Inductor would copy a whole bank
+    for each store into a part of it.
+    """
     new: dict[tuple[object, ...], list[tuple[str, int]]] = {}
     for op, site in wanted:
-        key = _bank_key(op, site, spec)
-        if _find(banks, key, site) is None and (site.hook, site.layer) not in new.get(key, []):
-            new.setdefault(key, []).append((site.hook, site.layer))
+        key, name = _bank_key(op, site, spec), (site.hook, site.layer)
+        group = (*key, name) if op == "capture" else key
+        if _find(banks, key, site) is None and name not in new.get(group, []):
+            new.setdefault(group, []).append(name)
     grown = list(banks)
-    for (kind, width, dtype, length), sites in new.items():
+    for (kind, width, dtype, length, *_), sites in new.items():
         grown.append(Bank(str(kind), width, dtype, tuple(sites), length))  # type: ignore[arg-type]
     return tuple(grown)
 

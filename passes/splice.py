@@ -72,35 +72,45 @@ class _Splicer:
     first: fx.Node
     buffers: dict[str, fx.Node] = field(default_factory=dict)
     current: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """What a value's next capture sees: the value behind all edits so far that every reader sees."""
+    reads: dict[fx.Node, dict[fx.Node, fx.Node]] = field(default_factory=dict)
+    """``value -> {reader: node that it reads in its place}``."""
     row_views: dict[str, fx.Node] = field(default_factory=dict)
     counts: dict[str, fx.Node] = field(default_factory=dict)
     following: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def apply(self, edit: Edit) -> None:
         value = self.by_name[edit.site.node]
-        source = self.current.get(value, value)
         with self.graph.inserting_before(self._following(value)):
             bank = self._buffer(bank_name(edit.slot.bank))[edit.slot.index]
-            h: Any = fx.Proxy(source)
             if edit.op == "capture":
+                h: Any = fx.Proxy(self.current.get(value, value))
                 tokens = fx.Proxy(self._count(edit.site, h))
                 store_rows(_in_batch_order(edit.site, h), bank, tokens)  # type: ignore[arg-type]
-                return
-            rows: Any = fx.Proxy(self._rows(edit.site, h))
-            streams = edit.site.layout == "streams"
-            steered: Any = add_rows(h.flatten(-2) if streams else h, bank, rows, self._buffer(SCALE))
-            steered = steered.view_as(h) if streams else steered
-        self._redirect(edit.site, value, source, steered.node)
+            else:
+                self._steer(edit.site, value, bank)
 
-    def _redirect(self, site: Site, value: fx.Node, source: fx.Node, steered: fx.Node) -> None:
-        """Let the site's readers read the steered value."""
-        if site.users is None:
-            readers = self.flow.users[value]
-            self.current[value] = steered
-        else:
-            readers = [self.by_name[name] for name in site.users]
+    def _steer(self, site: Site, value: fx.Node, bank: Any) -> None:
+        """Steer what each of the site's readers reads; readers that see different values get an operation each."""
+        reads = self.reads.setdefault(value, {})
+        readers = self.flow.users[value] if site.users is None else [self.by_name[name] for name in site.users]
+        sources: dict[fx.Node, list[fx.Node]] = {}
         for reader in readers:
-            reader.replace_input_with(source, steered)
+            sources.setdefault(reads.get(reader, value), []).append(reader)
+        for source, group in sources.items():
+            steered = self._add_rows(site, fx.Proxy(source), bank)
+            for reader in group:
+                reader.replace_input_with(source, steered)
+                reads[reader] = steered
+            if site.users is None and source is self.current.get(value, value):
+                self.current[value] = steered
+
+    def _add_rows(self, site: Site, h: Any, bank: Any) -> fx.Node:
+        rows: Any = fx.Proxy(self._rows(site, h))
+        streams = site.layout == "streams"
+        steered: Any = add_rows(h.flatten(-2) if streams else h, bank, rows, self._buffer(SCALE))
+        node: fx.Node = steered.view_as(h).node if streams else steered.node
+        return node
 
     def _following(self, value: fx.Node) -> fx.Node:
         """The node in front of which operations at ``value`` go, so that they stand in the order of the plan."""

@@ -38,8 +38,6 @@ _ALIASES = {
     "hook_resid_mid": "post_attn",
     "hook_resid_post": "post_block",
     "hook_attn_out": "attn_out",
-    "hook_mlp_in": "mlp_in",
-    "hook_attn_in": "attn_in",
     "hook_mlp_out": "mlp_out",
 }
 _WRITE = re.compile(r"write_\d+")

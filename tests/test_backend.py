@@ -128,6 +128,23 @@ def test_after_the_norm_the_branch_does_not_see_the_edit(hook: str) -> None:
         close(log["attn_in", layer], seen["attn_in", layer][0])
 
 
+def test_after_the_norm_hooks_that_share_a_value_and_its_skip_reader_add_up() -> None:
+    model, ids, options = mamba(), tokens(), {"inner": "eager"}
+    both = steer_backend(spec("post_attn", "pre_attn", placement="after_norm"), **options)
+    one = steer_backend(spec("pre_attn", placement="after_norm"), **options)
+    run, alone = compiled(model, both), compiled(model, one)
+    first, second = direction(1, width=model.config.hidden_size), direction(2, width=model.config.hidden_size)
+    for vectors, total in (
+        ({("pre_attn", 1): second}, second),
+        ({("post_attn", 0): first}, first),
+        ({("post_attn", 0): first, ("pre_attn", 1): second}, first + second),
+    ):
+        with one.runtime.steer({("pre_attn", 1): total}):
+            expected = logits(alone, ids)
+        with both.runtime.steer(vectors):
+            close(logits(run, ids), expected)
+
+
 @pytest.mark.parametrize("hook", STREAM)
 def test_bf16_is_rounded_once(hook: str) -> None:
     model, ids = toy(torch.bfloat16), tokens()

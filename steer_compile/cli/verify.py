@@ -20,7 +20,7 @@ from steer_compile.cli.load import Loaded, load
 from steer_compile.cli.output import INNER_HELP, JSON_HELP, check_inner, console, notes, print_json, progress
 from steer_compile.cli.sites import collect_sites
 from steer_compile.errors import SiteNotFound, SpecError
-from steer_compile.hooks import HOOKS, STREAM_HOOKS
+from steer_compile.hooks import HOOKS, MULTI_STREAM_HOOKS, STREAM_HOOKS
 from steer_compile.ir import SiteTable
 from steer_compile.runtime.capture import CaptureLog
 from steer_compile.runtime.vectors import SiteKey
@@ -107,7 +107,7 @@ def default_spec(table: SiteTable, inputs: dict[str, Any]) -> SteerSpec:
     Raises:
         SiteNotFound: the model has none.
     """
-    hooks = tuple(h for h in STREAM_HOOKS if any(s.hook == h for s in table))
+    hooks = tuple(h for h in (*STREAM_HOOKS, *MULTI_STREAM_HOOKS) if any(s.hook == h for s in table))
     if not hooks:
         reason = table.misses[0].reason if table.misses else "no residual stream"
         raise SiteNotFound(f"no site in this model: {reason}; `steer-compile sites MODEL --misses` says more")

@@ -44,7 +44,7 @@ class RowAllocator:
         if len(new) > len(self._free):
             raise TableFull(
                 f"no row for a new steering configuration: {self.in_use} of {self.capacity} rows are in use and "
-                f"{len(new)} more are needed; release a handle or raise rows in the spec"
+                f"{len(new)} more are needed (one for each phase); release a handle or raise rows in the spec"
             )
         for key in new:
             self._rows[key] = self._free.pop()
@@ -142,7 +142,8 @@ class PhaseTracker:
             self._check_prompts(self.prompts, batch, length if phase == "prefill" and self.told is None else None)
         start, padded = self._place(phase, length)
         prompts = self.prompts if self.prompts is not None else (padded,) * batch
-        pads = tuple(padded - p if self.padding == "left" else 0 for p in prompts)
+        left = self.prompts is not None and self.padding == "left"
+        pads = tuple(padded - p for p in prompts) if left else (0,) * batch
         self.position, self.fresh = start + length, False
         self._prompt, self._batch = padded, batch
         return Step(batch, length, phase, start, prompts, pads)

@@ -50,6 +50,7 @@ class Runtime(Registry):
         self._batches = [_Batch()]
         self._version = 0
         self._index_key: object = None
+        self._planned: tuple[int, int, tuple[list[RowPlan], bool]] = (-1, 0, ([], False))
         self._last_layer: int | None = None
         self._continued = False
         self._shape = (0, 0)
@@ -104,17 +105,24 @@ class Runtime(Registry):
                     f"the call has {batch} x {length} = {count} tokens but the spec has "
                     f"max_tokens={self._spec.max_tokens}; raise it and compile again, or split the call"
                 )
-            plans = self._batches[-1].plans(batch)
             if count:
-                self._set_rows(plans, batch, length)
+                self._set_rows(batch, length)
             self.calls += 1
             self._last_layer, self._shape = first_layer, shape
 
-    def _set_rows(self, plans: list[RowPlan], batch: int, length: int) -> None:
+    def _plans(self, batch: int) -> tuple[list[RowPlan], bool]:
+        """Plan of each element, and whether one steers some tokens only; made once for an assignment."""
+        if self._planned[:2] != (self._version, batch):
+            plans = self._batches[-1].plans(batch)
+            self._planned = (self._version, batch, (plans, any(p.tokens is not None for p in plans)))
+        return self._planned[2]
+
+    def _set_rows(self, batch: int, length: int) -> None:
         """Write the row of every token, unless the tables hold just these."""
+        plans, selective = self._plans(batch)
         step = self.phases.advance(batch, length)
         padded = self.phases.prompts is not None and step.phase == "prefill"
-        moving = padded or any(p.tokens is not None for p in plans)
+        moving = padded or selective
         key = (self._version, step) if moving else (self._version, step.phase, batch, length)
         if key != self._index_key:
             self.tables.index(token_rows(step, plans))

@@ -32,16 +32,17 @@ class TestPlans(TestCase):
             plan_text(asked, llama()),
             """\
 tokens: 32
-bank 0 capture: f32[2, 32, 32]
-bank 1 table: f32[6, 8, 32]
-add_rows layers.0.post_block = add@model.layers.0 : f32[2, 7, 32] batch_first <- bank 1[0]
+bank 0 capture: f32[1, 32, 32]
+bank 1 capture: f32[1, 32, 32]
+bank 2 table: f32[6, 8, 32]
+add_rows layers.0.post_block = add@model.layers.0 : f32[2, 7, 32] batch_first <- bank 2[0]
 capture layers.0.pre_attn = embedding@model.embed_tokens : f32[2, 7, 32] batch_first <- bank 0[0]
-add_rows layers.0.attn_out = linear@model.layers.0.self_attn.o_proj : f32[2, 7, 32] batch_first <- bank 1[2]
-add_rows layers.0.mlp_in = mul@model.layers.0.post_attention_layernorm : f32[2, 7, 32] batch_first <- bank 1[4] -> linear@model.layers.0.mlp.gate_proj, linear@model.layers.0.mlp.up_proj
-add_rows layers.1.post_block = add@model.layers.1 : f32[2, 7, 32] batch_first <- bank 1[1]
-capture layers.1.pre_attn = add@model.layers.0 : f32[2, 7, 32] batch_first <- bank 0[1]
-add_rows layers.1.attn_out = linear@model.layers.1.self_attn.o_proj : f32[2, 7, 32] batch_first <- bank 1[3]
-add_rows layers.1.mlp_in = mul@model.layers.1.post_attention_layernorm : f32[2, 7, 32] batch_first <- bank 1[5] -> linear@model.layers.1.mlp.gate_proj, linear@model.layers.1.mlp.up_proj""",
+add_rows layers.0.attn_out = linear@model.layers.0.self_attn.o_proj : f32[2, 7, 32] batch_first <- bank 2[2]
+add_rows layers.0.mlp_in = mul@model.layers.0.post_attention_layernorm : f32[2, 7, 32] batch_first <- bank 2[4] -> linear@model.layers.0.mlp.gate_proj, linear@model.layers.0.mlp.up_proj
+add_rows layers.1.post_block = add@model.layers.1 : f32[2, 7, 32] batch_first <- bank 2[1]
+capture layers.1.pre_attn = add@model.layers.0 : f32[2, 7, 32] batch_first <- bank 1[0]
+add_rows layers.1.attn_out = linear@model.layers.1.self_attn.o_proj : f32[2, 7, 32] batch_first <- bank 2[3]
+add_rows layers.1.mlp_in = mul@model.layers.1.post_attention_layernorm : f32[2, 7, 32] batch_first <- bank 2[5] -> linear@model.layers.1.mlp.gate_proj, linear@model.layers.1.mlp.up_proj""",
         )
 
     def test_gpt2(self) -> None:
@@ -63,14 +64,15 @@ add_rows layers.1.post_block = add@transformer.h.1 : f32[2, 7, 32] batch_first <
             plan_text(asked, model, *model.inputs()),
             """\
 tokens: 64
-bank 0 capture: f32[2, 64, 16]
-bank 1 table: f32[4, 11, 16]
+bank 0 capture: f32[1, 64, 16]
+bank 1 capture: f32[1, 64, 16]
+bank 2 table: f32[4, 11, 16]
 capture layers.0.post_block = add@layers.0 : f32[2, 5, 16] batch_first <- bank 0[0]
-add_rows layers.0.attn_out = linear@layers.0.attn.o : f32[2, 5, 16] batch_first <- bank 1[0]
-add_rows layers.0.mlp_out = linear@layers.0.mlp.down : f32[2, 5, 16] batch_first <- bank 1[2]
-capture layers.2.post_block = add@layers.2 : f32[2, 5, 16] batch_first <- bank 0[1]
-add_rows layers.2.attn_out = linear@layers.2.attn.o : f32[2, 5, 16] batch_first <- bank 1[1]
-add_rows layers.2.mlp_out = linear@layers.2.mlp.down : f32[2, 5, 16] batch_first <- bank 1[3]""",
+add_rows layers.0.attn_out = linear@layers.0.attn.o : f32[2, 5, 16] batch_first <- bank 2[0]
+add_rows layers.0.mlp_out = linear@layers.0.mlp.down : f32[2, 5, 16] batch_first <- bank 2[2]
+capture layers.2.post_block = add@layers.2 : f32[2, 5, 16] batch_first <- bank 1[0]
+add_rows layers.2.attn_out = linear@layers.2.attn.o : f32[2, 5, 16] batch_first <- bank 2[1]
+add_rows layers.2.mlp_out = linear@layers.2.mlp.down : f32[2, 5, 16] batch_first <- bank 2[3]""",
         )
 
 
