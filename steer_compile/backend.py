@@ -35,6 +35,7 @@ class SteerBackend:
         self._inner = inner
         self._kwargs = kwargs
         self._partial = False
+        self._compilers: list[Callable[..., Any]] = []
         self.runtime = Runtime(spec)
         self.tables: list[SiteTable] = []
         self.plans: list[Plan] = []
@@ -69,6 +70,10 @@ class SteerBackend:
         """Called by `torch._dynamo.reset`: forget compiled graphs, keep vectors and rows."""
         self.tables.clear()
         self.plans.clear()
+        self._partial = False
+        for compiler in self._compilers:
+            torch_compat.reset_inductor(compiler)
+        self._compilers.clear()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         self._partial |= torch_compat.is_partial(gm)
@@ -122,9 +127,9 @@ class SteerBackend:
         """The inner compiler with the options of `steer_backend` and those that torch.compile passes on."""
         options = {**self._kwargs, **given}
         if self._inner == "inductor":
-            return torch_compat.inductor_compiler(
-                options.pop("mode", None), options.pop("options", None), options.pop("dynamic", None)
-            )
+            mode, settings, dynamic = (options.pop(name, None) for name in ("mode", "options", "dynamic"))
+            self._compilers.append(torch_compat.inductor_compiler(mode, settings, dynamic))
+            return self._compilers[-1]
         compiler = torch_compat.named_backend(self._inner) if isinstance(self._inner, str) else self._inner
         return (lambda gm, inputs: compiler(gm, inputs, **options)) if options else compiler
 

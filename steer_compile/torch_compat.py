@@ -32,6 +32,12 @@ def inductor_compiler(mode: str | None, options: dict[str, Any] | None, dynamic:
     return torch._TorchCompileInductorWrapper(mode, options, dynamic)
 
 
+def reset_inductor(compiler: Compiled) -> None:
+    """Drop the CUDA graphs of what `inductor_compiler` compiled. Run on torch 2.13."""
+    if isinstance(compiler, torch._TorchCompileInductorWrapper):
+        compiler.reset()
+
+
 def named_backend(name: str) -> Compiled:
     """A backend that Dynamo knows by name, such as ``aot_eager``. Run on torch 2.11 and 2.13."""
     backend: Compiled = lookup_backend(name)
