@@ -128,7 +128,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bank:
-    """One backing tensor for all sites of a width and dtype: ``(sites, rows or tokens, width)``."""
+    """One backing tensor ``(sites, rows or tokens, width)``: all steered sites of a width and dtype, or one captured."""
 
     kind: str
     width: int
