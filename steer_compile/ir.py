@@ -128,7 +128,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bank:
-    """One backing tensor ``(sites, rows or tokens, width)``: all steered sites of a width and dtype, or one captured."""
+    """One backing tensor ``(sites, rows or tokens, width)``: all steered sites of a width and dtype, or one capture."""
 
     kind: str
     width: int
