@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from steer_compile import Steering, SteerSpec, TokenSelection, steer_backend
 from steer_compile.errors import LoweringError, SiteNotFound, SteerError, TooManyTokens
-from tests._models import WIDTH, adding, compiled, direction, edited, logits, spec, tokens, toy
+from tests._models import LAYERS, WIDTH, adding, compiled, direction, edited, logits, spec, tokens, toy
 from tests._models import watched as eager_values
 
 VECTOR = direction(1)
