@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
 
 from steer_compile.errors import LoweringError, SiteNotFound
 from steer_compile.hooks import is_stream_hook
 from steer_compile.ir import Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
 from steer_compile.spec import RESERVED_ROWS, HookSelection, SteerSpec
+
+Wanted: TypeAlias = tuple[tuple[str, ...], Site]
+BankKey: TypeAlias = tuple[str, int, torch.dtype, int]
+"""Kind, width, dtype and length of a bank."""
 
 
 def resolve_layers(selection: HookSelection, table: SiteTable) -> tuple[int, ...]:
@@ -58,15 +65,15 @@ def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) 
         SiteNotFound: a requested site has no value in this graph.
         LoweringError: the sites disagree about the number of tokens.
     """
-    wanted: list[tuple[str, Site]] = []
-    for op, selections in (("capture", spec.capture), ("add_rows", spec.steer)):
-        for selection in selections:
-            for site in select_sites(selection, table):
-                wanted.append((op, _placed(site, spec)))
+    wanted: list[Wanted] = []
+    for selection in spec.capture:
+        wanted += [(("capture",), site) for site in select_sites(selection, table)]
+    for selection in spec.steer:
+        wanted += [(selection.ops, _placed(site, spec)) for site in select_sites(selection, table)]
     _check_tokens([site for _, site in wanted])
     banks = _grow(spec, wanted, banks)
-    edits = [Edit(site, op, _slot(op, site, spec, banks)) for op, site in wanted]
-    return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens)
+    edits = [Edit(site, ops, _slots(ops, site, spec, banks)) for ops, site in wanted]
+    return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens, spec.clamps)
 
 
 def _placed(site: Site, spec: SteerSpec) -> Site:
@@ -105,42 +112,52 @@ def _order(edit: Edit) -> tuple[int, int, int]:
     """Order at one value: a block's exit before the next block's entry, capture before steering."""
     hook = edit.site.hook
     rank = _RANKS.get(hook, 0) if is_stream_hook(hook) else 4
-    return (edit.site.layer, rank, 0 if edit.op == "capture" else 1)
+    return (edit.site.layer, rank, 0 if "capture" in edit.ops else 1)
 
 
-def _bank_key(op: str, site: Site, spec: SteerSpec) -> tuple[object, ...]:
-    if op == "capture":
-        return ("capture", site.width, site.dtype, spec.max_tokens)
-    return ("table", site.width, spec.table_dtype(site.dtype), RESERVED_ROWS + spec.rows)
+def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKey]:
+    """The banks that hold the data of ``ops`` at a site."""
+    width, rows, table = site.width, RESERVED_ROWS + spec.rows, spec.table_dtype(site.dtype)
+    keys: dict[str, list[BankKey]] = {
+        "capture": [("capture", width, site.dtype, spec.max_tokens)],
+        "add": [("table", width, table, rows)],
+        "tier": [("tier", width, torch.float32, 1)],
+        "monitor": [("probe", width, torch.float32, 1), ("probe_set", 4, torch.float32, 1)],
+        "row_monitor": [("rowprobe", width, torch.float32, rows), ("rowprobe_set", 2, torch.float32, rows)],
+        "clamp": [("clamp", width, table, rows * spec.clamps), ("clamp_set", 3, torch.float32, rows * spec.clamps)],
+    }
+    return [key for op in ops for key in keys[op]]
 
 
-def _grow(spec: SteerSpec, wanted: Iterable[tuple[str, Site]], banks: tuple[Bank, ...]) -> tuple[Bank, ...]:
+def _grow(spec: SteerSpec, wanted: Iterable[Wanted], banks: tuple[Bank, ...]) -> tuple[Bank, ...]:
     """Existing banks, and new ones for the sites that have no slot yet.
 
     Steered sites of one width and dtype share a bank. Each captured site has its own: Inductor would copy a whole bank
     for each store into a part of it.
     """
-    new: dict[tuple[object, ...], list[tuple[str, int]]] = {}
-    for op, site in wanted:
-        key, name = _bank_key(op, site, spec), (site.hook, site.layer)
-        group = (*key, name) if op == "capture" else key
-        if _find(banks, key, site) is None and name not in new.get(group, []):
-            new.setdefault(group, []).append(name)
-    grown = list(banks)
-    for (kind, width, dtype, length, *_), sites in new.items():
-        grown.append(Bank(str(kind), width, dtype, tuple(sites), length))  # type: ignore[arg-type]
-    return tuple(grown)
+    new: dict[tuple[BankKey, object], list[tuple[str, int]]] = {}
+    for ops, site in wanted:
+        name = (site.hook, site.layer)
+        for key in _bank_keys(ops, site, spec):
+            group = (key, name if key[0] == "capture" else None)
+            if _find(banks, key, site) is None and name not in new.get(group, []):
+                new.setdefault(group, []).append(name)
+    made = [Bank(kind, width, dtype, tuple(at), length) for ((kind, width, dtype, length), _), at in new.items()]
+    return (*banks, *made)
 
 
-def _find(banks: tuple[Bank, ...], key: tuple[object, ...], site: Site) -> Slot | None:
+def _find(banks: tuple[Bank, ...], key: BankKey, site: Site) -> Slot | None:
     for i, bank in enumerate(banks):
         if (bank.kind, bank.width, bank.dtype, bank.length) == key and (site.hook, site.layer) in bank.sites:
-            return Slot(i, bank.sites.index((site.hook, site.layer)))
+            return Slot(bank.kind, i, bank.sites.index((site.hook, site.layer)))
     return None
 
 
-def _slot(op: str, site: Site, spec: SteerSpec, banks: tuple[Bank, ...]) -> Slot:
-    slot = _find(banks, _bank_key(op, site, spec), site)
-    if slot is None:
-        raise LoweringError(f"{site.name} ({dtype_text(site.dtype)}, width {site.width}) has no slot in the plan")
-    return slot
+def _slots(ops: tuple[str, ...], site: Site, spec: SteerSpec, banks: tuple[Bank, ...]) -> tuple[Slot, ...]:
+    found = []
+    for key in _bank_keys(ops, site, spec):
+        slot = _find(banks, key, site)
+        if slot is None:
+            raise LoweringError(f"{site.name} ({dtype_text(site.dtype)}, width {site.width}) has no slot for {key[0]}")
+        found.append(slot)
+    return tuple(found)

@@ -4,9 +4,11 @@
 
     %v = add(%r, %b)                       %v  = add(%r, %b)
     %n = norm(%v)                  ->      store_rows(%v, %capture0[slot], n)
-    %s = add(%v, ...)                      %v' = add_rows(%v, %table0[slot], %rows, %scale)
+    %s = add(%v, ...)                      %v' = steer_rows(%v, %table0[slot], %rows, %scale)
                                            %n  = norm(%v')
                                            %s  = add(%v', ...)
+
+or, where the plan says template, ``%v', %n = site(%r, %b, ...)``: one kernel for the add, the edits and the norm.
 
 The backing tensors are buffers of the graph module; nothing else of its signature changes.
 """
@@ -19,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from steer_compile.errors import LoweringError
-from steer_compile.ir import ROWS, SCALE, Edit, Plan, Site, bank_name
-from steer_compile.kernels.add_rows import add_rows
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Edit, Fusion, Norm, Plan, Site, bank_name
+from steer_compile.kernels.steer_rows import SteerArgs, steer_rows
 from steer_compile.kernels.store_rows import store_rows
 from steer_compile.passes.dataflow import Dataflow, build_dataflow
 
@@ -42,7 +45,7 @@ def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
         raise LoweringError(f"{missing[0].name} is planned at {missing[0].node}, which this graph does not have")
     flow = build_dataflow(graph)
     _read_written_values(flow)
-    splicer = _Splicer(graph, flow, by_name, next(n for n in graph.nodes if n.op != "placeholder"))
+    splicer = _Splicer(plan, graph, flow, by_name, next(n for n in graph.nodes if n.op != "placeholder"))
     for edit in sorted(plan.edits, key=lambda e: flow.order[by_name[e.site.node]]):
         splicer.apply(edit)
     return tuple(splicer.buffers)
@@ -66,6 +69,7 @@ def _read_written_values(flow: Dataflow) -> None:
 
 @dataclass
 class _Splicer:
+    plan: Plan
     graph: fx.Graph
     flow: Dataflow
     by_name: Mapping[str, fx.Node]
@@ -75,42 +79,122 @@ class _Splicer:
     """What a value's next capture sees: the value behind all edits so far that every reader sees."""
     reads: dict[fx.Node, dict[fx.Node, fx.Node]] = field(default_factory=dict)
     """``value -> {reader: node that it reads in its place}``."""
-    row_views: dict[str, fx.Node] = field(default_factory=dict)
+    views: dict[tuple[str, str], fx.Node] = field(default_factory=dict)
     counts: dict[str, fx.Node] = field(default_factory=dict)
     following: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    tracer: GraphAppendingTracer = field(init=False)
+    """One for all proxies: an operator takes proxies of one tracer only."""
+
+    def __post_init__(self) -> None:
+        self.tracer = GraphAppendingTracer(self.graph)
+
+    def _proxy(self, node: fx.Node) -> Any:
+        """The node as a value that takes any operator."""
+        return fx.Proxy(node, self.tracer)
 
     def apply(self, edit: Edit) -> None:
         value = self.by_name[edit.site.node]
         with self.graph.inserting_before(self._following(value)):
-            bank = self._buffer(bank_name(edit.slot.bank))[edit.slot.index]
-            if edit.op == "capture":
-                h: Any = fx.Proxy(self.current.get(value, value))
-                tokens = fx.Proxy(self._count(edit.site, h))
-                store_rows(_in_batch_order(edit.site, h), bank, tokens)  # type: ignore[arg-type]
+            if edit.lowering == "template":
+                self._template(edit, value)
+            elif "capture" in edit.ops:
+                self._capture(edit, value)
             else:
-                self._steer(edit.site, value, bank)
+                self._steer(edit, value)
 
-    def _steer(self, site: Site, value: fx.Node, bank: Any) -> None:
-        """Steer what each of the site's readers reads; readers that see different values get an operation each."""
+    def _capture(self, edit: Edit, value: fx.Node) -> None:
+        h: Any = self._proxy(self.current.get(value, value))
+        tokens = self._proxy(self._count(edit.site, h))
+        store_rows(_in_batch_order(edit.site, h), self._slot(edit, "capture"), tokens)
+
+    def _steer(self, edit: Edit, value: fx.Node) -> None:
+        """Steer what each of the site's readers reads; readers that see different values get operations each."""
+        for source, group in self._sources(edit.site, value).items():
+            h: Any = self._proxy(source)
+            streams = edit.site.layout == "streams"
+            clamps = self._clamps(edit)
+            args = self._steer_args(edit, h)
+            steered: Any = steer_rows(h.flatten(-2) if streams else h, args, edit.site.dtype, clamps)
+            self._redirect(edit.site, value, source, group, steered.view_as(h).node if streams else steered.node)
+
+    def _sources(self, site: Site, value: fx.Node) -> dict[fx.Node, list[fx.Node]]:
+        """What the site's readers read now, and who reads it."""
         reads = self.reads.setdefault(value, {})
         readers = self.flow.users[value] if site.users is None else [self.by_name[name] for name in site.users]
         sources: dict[fx.Node, list[fx.Node]] = {}
         for reader in readers:
             sources.setdefault(reads.get(reader, value), []).append(reader)
-        for source, group in sources.items():
-            steered = self._add_rows(site, fx.Proxy(source), bank)
-            for reader in group:
-                reader.replace_input_with(source, steered)
-                reads[reader] = steered
-            if site.users is None and source is self.current.get(value, value):
-                self.current[value] = steered
+        return sources
 
-    def _add_rows(self, site: Site, h: Any, bank: Any) -> fx.Node:
-        rows: Any = fx.Proxy(self._rows(site, h))
-        streams = site.layout == "streams"
-        steered: Any = add_rows(h.flatten(-2) if streams else h, bank, rows, self._buffer(SCALE))
-        node: fx.Node = steered.view_as(h).node if streams else steered.node
-        return node
+    def _redirect(self, site: Site, value: fx.Node, source: fx.Node, group: list[fx.Node], steered: fx.Node) -> None:
+        for reader in group:
+            reader.replace_input_with(source, steered)
+            self.reads[value][reader] = steered
+        if site.users is None and source is self.current.get(value, value):
+            self.current[value] = steered
+
+    def _template(self, edit: Edit, value: fx.Node) -> None:
+        """One kernel for the edit, the add that makes the value, and the norm that reads it."""
+        from steer_compile.kernels.site import SiteArgs  # needs Triton, which no other lowering does
+
+        add, norm = edit.fusion.branch is not None, edit.fusion.norm
+        # The add's operands are read off the node: an edit at one of them has redirected it by now.
+        stream: Any = self._proxy(value.args[0] if add else value)  # type: ignore[arg-type]
+        rows = [self._proxy(n).reshape(-1, edit.site.width) for n in (value.args[:2] if add else (value,))]  # type: ignore[arg-type]
+        steering = self._steer_args(edit, stream, flat=True) if edit.ops != ("capture",) else SteerArgs()
+        capture = self._buffer(bank_name(edit.slot("capture").bank)) if "capture" in edit.ops else None
+        given: dict[str, Any] = {"capture": capture, **steering._asdict(), **self._norm_args(norm)}
+        given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": self._clamps(edit)}
+        args = tuple(a.node if isinstance(a, fx.Proxy) else a for a in SiteArgs(**given))
+        made = self._proxy(self.graph.call_function(torch.ops.steer_compile.site.default, args))
+        if not add and edit.ops == ("capture",):
+            return
+        steered = made[0].view_as(stream).node
+        for source, group in self._sources(edit.site, value).items():
+            self._redirect(edit.site, value, source, group, steered)
+        if norm is not None:
+            normed = self.by_name[norm.node]
+            normed.replace_all_uses_with(made[1].view_as(stream).node)
+        self._erase(edit.fusion, value)
+
+    def _norm_args(self, norm: Norm | None) -> dict[str, Any]:
+        if norm is None:
+            return {}
+        names = {"weight": norm.weight, "bias": norm.bias}
+        weights = {key: self._proxy(self.by_name[name]) for key, name in names.items() if name is not None}
+        return {"norm": norm.kind, "eps": norm.eps, "offset": norm.offset, **weights}
+
+    def _erase(self, fusion: Fusion, value: fx.Node) -> None:
+        """Drop what the template took over, results before what they are computed from."""
+        taken = [self.by_name[n] for n in (fusion.norm.node, *fusion.norm.inner)] if fusion.norm else []
+        taken += [value] if fusion.branch is not None else []
+        for node in sorted(taken, key=lambda n: self.flow.order[n], reverse=True):
+            if not node.users and node is not self.first:  # buffers are read in front of the first node
+                self.graph.erase_node(node)
+
+    def _steer_args(self, edit: Edit, h: Any, flat: bool = False) -> SteerArgs:
+        """Data of the edit as proxies; per-token data has the leading dimensions of the value, or one if ``flat``."""
+        site, kinds = edit.site, {slot.kind for slot in edit.slots}
+        found = {kind: self._slot(edit, kind) for kind in kinds - {"capture"}}
+        tokens: dict[str, str] = {}
+        if kinds & {"table", "rowprobe", "clamp"}:
+            tokens["rows"] = ROWS
+        if "tier" in kinds:
+            tokens["gain"] = GAIN
+        if kinds & {"probe", "rowprobe"}:
+            tokens["decode"] = DECODE
+        found |= {name: self._proxy(self._per_token(buffer, site, h, flat)) for name, buffer in tokens.items()}
+        if "table" in kinds:
+            found["scale"] = self._buffer(SCALE)
+        return SteerArgs(**found)
+
+    def _slot(self, edit: Edit, kind: str) -> Any:
+        slot = edit.slot(kind)
+        return self._buffer(bank_name(slot.bank))[slot.index]
+
+    def _clamps(self, edit: Edit) -> int:
+        return self.plan.clamps if "clamp" in edit.ops else 0
 
     def _following(self, value: fx.Node) -> fx.Node:
         """The node in front of which operations at ``value`` go, so that they stand in the order of the plan."""
@@ -123,7 +207,7 @@ class _Splicer:
         if name not in self.buffers:
             with self.graph.inserting_before(self.first):
                 self.buffers[name] = self.graph.create_node("get_attr", name)
-        return fx.Proxy(self.buffers[name])
+        return self._proxy(self.buffers[name])
 
     def _count(self, site: Site, h: Any) -> fx.Node:
         """Number of tokens, computed at the first site of each layout."""
@@ -132,16 +216,17 @@ class _Splicer:
             self.counts[site.layout] = count.node
         return self.counts[site.layout]
 
-    def _rows(self, site: Site, h: Any) -> fx.Node:
-        """Row of each token in the site's layout, computed at the first site of each layout."""
-        if site.layout not in self.row_views:
-            rows = self._buffer(ROWS).narrow(0, 0, fx.Proxy(self._count(site, h)))
-            if site.layout in ("batch_first", "streams"):
-                rows = rows.view(h.size(0), h.size(1))
-            elif site.layout == "time_first":
-                rows = rows.view(h.size(1), h.size(0)).transpose(0, 1)
-            self.row_views[site.layout] = rows.node
-        return self.row_views[site.layout]
+    def _per_token(self, buffer: str, site: Site, h: Any, flat: bool) -> fx.Node:
+        """Data of each token in the site's layout, computed at the first site of each layout."""
+        key = (buffer, "flat" if flat else site.layout)
+        if key not in self.views:
+            data = self._buffer(buffer).narrow(0, 0, self._proxy(self._count(site, h)))
+            if key[1] in ("batch_first", "streams"):
+                data = data.view(h.size(0), h.size(1))
+            elif key[1] == "time_first":
+                data = data.view(h.size(1), h.size(0)).transpose(0, 1)
+            self.views[key] = data.node
+        return self.views[key]
 
 
 def _in_batch_order(site: Site, h: Any) -> Any:

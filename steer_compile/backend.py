@@ -13,6 +13,7 @@ from steer_compile import torch_compat
 from steer_compile.errors import SiteNotFound, SpecError, SteerError
 from steer_compile.ir import Dim, Plan, Site, SiteTable
 from steer_compile.passes.find_sites import find_sites
+from steer_compile.passes.lower_edits import lower_edits
 from steer_compile.passes.plan_edits import plan_edits
 from steer_compile.passes.splice import attach, splice
 from steer_compile.runtime.runtime import Runtime
@@ -100,6 +101,7 @@ class SteerBackend:
         plan = plan_edits(self._spec, table, banks)
         if not plan.edits:
             return None
+        plan = lower_edits(plan, gm, self._spec.lowering)
         device = _device(gm, plan, inputs)
         names = splice(gm, plan)
         self.runtime.bind(plan, table, device)
@@ -113,7 +115,7 @@ class SteerBackend:
     def _wrap(self, inner: Callable[..., Any], shape: _TokenShape, plan: Plan) -> Callable[..., Any]:
         runtime = self.runtime
         first_layer = min(e.site.layer for e in plan.edits)
-        captured = tuple((e.site.hook, e.site.layer) for e in plan.edits if e.op == "capture")
+        captured = tuple((e.site.hook, e.site.layer) for e in plan.edits if "capture" in e.ops)
 
         def steered_graph(*args: Any) -> Any:
             runtime.before_call(first_layer, *shape(args))

@@ -13,7 +13,10 @@ import torch
 Dim: TypeAlias = int | sympy.Expr
 ROWS = "steer_rows"
 SCALE = "steer_scale"
-"""Buffer names of the token's row index and of the rows' scales in every instrumented graph."""
+GAIN = "steer_gain"
+DECODE = "steer_decode"
+"""Buffer names in every instrumented graph: row of each token (T,) int32, scale of each row (R,) fp32, gain of the
+dynamic tier for each token (T,) fp32 (0 in prefill), 1 for each token that is decoded and 0 in prefill (T,) fp32."""
 
 
 def bank_name(index: int) -> str:
@@ -120,15 +123,34 @@ class SiteTable:
 
 @dataclass(frozen=True)
 class Slot:
-    """Place of a site in a backing tensor: bank number and index in it."""
+    """Place of a site in a backing tensor: kind and number of the bank, and index in it."""
 
+    kind: str
     bank: int
     index: int
+
+    def text(self) -> str:
+        return f"{self.kind} {self.bank}[{self.index}]"
 
 
 @dataclass(frozen=True)
 class Bank:
-    """One backing tensor ``(sites, rows or tokens, width)``: all steered sites of a width and dtype, or one capture."""
+    """One backing tensor ``(sites, length, width)``: all steered sites of a width and dtype, or one capture.
+
+    ==========  =====================  =======================================================================
+    kind        length x width         content
+    ==========  =====================  =======================================================================
+    table       R x H                  additive vector of each row
+    capture     max_tokens x H         pristine value of each token
+    tier        1 x H, fp32            vector of the dynamic tier
+    probe       1 x H, fp32            direction of the site's monitor
+    probe_set   1 x 4, fp32            threshold, sharpness, gate rows (0 or 1), active (0 or 1)
+    rowprobe    R x H, fp32            direction of each row's own monitor
+    rowprobe_set  R x 2, fp32          threshold (`NO_THRESHOLD`: no monitor), sharpness
+    clamp       R * K x H              unit directions, K for each row
+    clamp_set   R * K x 3, fp32        lower bound, upper bound, strength (0: no clamp)
+    ==========  =====================  =======================================================================
+    """
 
     kind: str
     width: int
@@ -140,17 +162,88 @@ class Bank:
         return f"{self.kind}: {dtype_text(self.dtype)}[{len(self.sites)}, {self.length}, {self.width}]"
 
 
+NO_THRESHOLD = -1e30
+"""Threshold of a row without a monitor: its gate is 1."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of one value's last dimension, as the graph writes it.
+
+    Attributes:
+        kind: ``rms``: normalise in fp32, round, times the weight. ``rms_wide``: times the weight in fp32, one rounding
+            at the end. ``layer``: LayerNorm in fp32, one rounding at the end.
+        node: name of the node that holds the result.
+        value: name of the node that is normalised.
+        inner: names of the nodes between them, which nothing else reads.
+        weight, bias: names of the nodes (H,) or None.
+        eps: added to the mean square or variance.
+        offset: added to the weight (1.0 in Gemma).
+    """
+
+    kind: str
+    node: str
+    value: str
+    inner: tuple[str, ...]
+    weight: str | None
+    bias: str | None
+    eps: float
+    offset: float = 0.0
+
+    def text(self) -> str:
+        return f"{self.kind} {self.node}"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a template takes over beside the edits: the add that makes the value, and the norm that reads it.
+
+    Attributes:
+        residual, branch: names of the add's operands, both None where the value is read as it is.
+        norm: the norm whose result the template writes as well.
+    """
+
+    residual: str | None = None
+    branch: str | None = None
+    norm: Norm | None = None
+
+    def text(self) -> str:
+        add = f"{self.residual} + {self.branch}" if self.branch else ""
+        parts = [part for part in (add, self.norm.text() if self.norm else "") if part]
+        return f"fused with {' and '.join(parts)}" if parts else "unfused"
+
+
 @dataclass(frozen=True)
 class Edit:
-    """One operation at one site. ``op`` is ``capture`` or ``add_rows``."""
+    """Operations at one site.
+
+    Attributes:
+        ops: ``capture``, or families of steering (``add``, ``tier``, ``monitor``, ``row_monitor``, ``clamp``), or both.
+        slots: where their data lies.
+        lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel.
+        fusion: what the template takes over.
+        why: why this lowering was chosen.
+    """
 
     site: Site
-    op: str
-    slot: Slot
+    ops: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    lowering: str = "compiler"
+    fusion: Fusion = Fusion()
+    why: str = ""
+
+    def slot(self, kind: str) -> Slot:
+        """The slot of a kind; KeyError where the edit has none."""
+        for slot in self.slots:
+            if slot.kind == kind:
+                return slot
+        raise KeyError(kind)
 
     def text(self) -> str:
         readers = "" if self.site.users is None else f" -> {', '.join(self.site.users)}"
-        return f"{self.op} {self.site.text()} <- bank {self.slot.bank}[{self.slot.index}]{readers}"
+        how = f" by template, {self.fusion.text()}" if self.lowering == "template" else ""
+        slots = ", ".join(slot.text() for slot in self.slots)
+        return f"{'+'.join(self.ops)} {self.site.text()} <- {slots}{readers}{how}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +253,8 @@ class Plan:
     edits: tuple[Edit, ...]
     banks: tuple[Bank, ...]
     max_tokens: int
+    clamps: int = 0
+    """Clamp directions of each row."""
 
     def text(self) -> str:
         """Golden text, debug print and compile-cache key at once."""

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import tomli_w
 import torch
@@ -17,7 +17,8 @@ from steer_compile.hooks import parse_hook
 
 Layers: TypeAlias = str | tuple[int, ...]
 LayersLike: TypeAlias = str | int | Iterable[int]
-OP_FAMILIES = ("add",)
+OP_FAMILIES = ("add", "tier", "monitor", "row_monitor", "clamp")
+LOWERINGS = ("auto", "compiler", "template")
 PLACEMENTS = ("before_norm", "after_norm")
 RESERVED_ROWS = 3
 """Row 0 is zeros, row 1 the global prefill tier, row 2 the global decode tier."""
@@ -54,6 +55,25 @@ def parse_layers(value: object) -> Layers:
     return tuple(dict.fromkeys(numbers))
 
 
+def parse_ops(value: object, where: str) -> tuple[str, ...]:
+    """Op families, each once, in the order in which they act.
+
+    Raises:
+        SpecError: an unknown family, or none.
+    """
+    given = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    unknown = [op for op in given if op not in OP_FAMILIES]
+    if unknown or not given:
+        raise SpecError(f"{where}: unknown op family {unknown or '()'}; the families are {', '.join(OP_FAMILIES)}")
+    return tuple(op for op in OP_FAMILIES if op in given)
+
+
+def _one_of(name: str, value: object, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise SpecError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    return str(value)
+
+
 def _capacity(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SpecError(f"{name}={value!r} is no capacity; give a whole number of at least 1")
@@ -85,15 +105,10 @@ class HookSelection:
     layers: Layers
     ops: tuple[str, ...]
 
-    def __init__(self, hook: str, layers: LayersLike = "all", ops: str | Iterable[str] = OP_FAMILIES) -> None:
-        families = (ops,) if isinstance(ops, str) else tuple(ops)
+    def __init__(self, hook: str, layers: LayersLike = "all", ops: str | Iterable[str] = ("add",)) -> None:
         object.__setattr__(self, "hook", parse_hook(hook))
         object.__setattr__(self, "layers", parse_layers(layers))
-        object.__setattr__(self, "ops", families)
-        unknown = [op for op in families if op not in OP_FAMILIES]
-        if unknown or not families:
-            known = ", ".join(OP_FAMILIES)
-            raise SpecError(f"{self.hook}: unknown op family {unknown or '()'}; the families are {known}")
+        object.__setattr__(self, "ops", parse_ops(ops, self.hook))
 
     def to_dict(self) -> dict[str, Any]:
         layers: Any = self.layers if isinstance(self.layers, str) else list(self.layers)
@@ -103,12 +118,22 @@ class HookSelection:
 Selections: TypeAlias = str | HookSelection | Iterable[str | HookSelection | Mapping[str, Any]]
 
 
+class SpecOptions(TypedDict, total=False):
+    """The rarer fields of `SteerSpec`, given by keyword."""
+
+    dtype: str | torch.dtype | None
+    placement: str
+    ops: str | Iterable[str]
+    clamps: int
+    lowering: str
+
+
 @dataclass(frozen=True, init=False)
 class SteerSpec:
     """Which hook points are steered and captured, and how much room there is. Frozen and hashable.
 
     Attributes:
-        steer: hooks that may be steered: names, or `HookSelection` with layers of their own.
+        steer: hooks that may be steered: names, or `HookSelection` with layers and op families of their own.
         capture: hooks whose pristine value is stored in every call.
         layers: layers of hooks given by name: ``"all"``, a list, a range, ``"0-3,-1"``.
         rows: distinct request configurations (content and phase) that may be active at once.
@@ -116,9 +141,14 @@ class SteerSpec:
         dtype: dtype of the vector tables; None is the stream's own.
         placement: ``before_norm``: a steer at a stream hook changes all that reads the value. ``after_norm``: at
             ``pre_attn`` and ``post_attn`` it changes the skip path only, not the branch that follows.
+        ops: op families of hooks given by name: ``add`` (vectors), ``tier`` (a dynamic vector of each site, decoded
+            tokens only), ``monitor`` (a probe of each site), ``row_monitor`` (a probe of each row and site), ``clamp``.
+        clamps: clamp directions of each row at a site.
+        lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel a site.
+            ``auto``: the one that costs less, site by site (`Edit.why` says which and why).
 
     Raises:
-        SpecError: an unknown hook, layer selection, dtype or placement, or a capacity below one.
+        SpecError: an unknown hook, layer selection, dtype, placement, op family or lowering, or a capacity below one.
     """
 
     steer: tuple[HookSelection, ...]
@@ -128,6 +158,9 @@ class SteerSpec:
     max_tokens: int
     dtype: str | None
     placement: str
+    ops: tuple[str, ...]
+    clamps: int
+    lowering: str
 
     def __init__(
         self,
@@ -136,23 +169,31 @@ class SteerSpec:
         layers: LayersLike = "all",
         rows: int = 8,
         max_tokens: int = 8192,
-        dtype: str | torch.dtype | None = None,
-        placement: str = "before_norm",
+        **options: Unpack[SpecOptions],
     ) -> None:
+        unknown = sorted(set(options) - set(SpecOptions.__annotations__))
+        if unknown:
+            raise SpecError(f"unknown key {unknown[0]!r} in the spec; the keys are {', '.join(sorted(KEYS))}")
+        dtype = options.get("dtype")
+        name = str(dtype).removeprefix("torch.") if dtype is not None else None
+        if name is not None and name not in _DTYPES:
+            raise SpecError(f"dtype={dtype!r} is no table dtype; choose one of {', '.join(_DTYPES)} or None")
+        object.__setattr__(self, "ops", parse_ops(options.get("ops", ("add",)), "ops"))
         object.__setattr__(self, "layers", parse_layers(layers))
         object.__setattr__(self, "steer", self._selections(steer, "steer"))
         object.__setattr__(self, "capture", self._selections(capture, "capture"))
         if not self.steer and not self.capture:
             raise SpecError("the spec names no hook; give steer=('post_block',) or capture=('post_block',)")
-        object.__setattr__(self, "rows", _capacity("rows", rows))
-        object.__setattr__(self, "max_tokens", _capacity("max_tokens", max_tokens))
-        name = str(dtype).removeprefix("torch.") if dtype is not None else None
-        if name is not None and name not in _DTYPES:
-            raise SpecError(f"dtype={dtype!r} is no table dtype; choose one of {', '.join(_DTYPES)} or None")
-        object.__setattr__(self, "dtype", name)
-        if placement not in PLACEMENTS:
-            raise SpecError(f"placement={placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
-        object.__setattr__(self, "placement", placement)
+        fields = {
+            "rows": _capacity("rows", rows),
+            "max_tokens": _capacity("max_tokens", max_tokens),
+            "dtype": name,
+            "placement": _one_of("placement", options.get("placement", "before_norm"), PLACEMENTS),
+            "clamps": _capacity("clamps", options.get("clamps", 4)),
+            "lowering": _one_of("lowering", options.get("lowering", "auto"), LOWERINGS),
+        }
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)
 
     def _selections(self, given: object, what: str) -> tuple[HookSelection, ...]:
         items = (given,) if isinstance(given, str | HookSelection | Mapping) else given
@@ -170,9 +211,9 @@ class SteerSpec:
         if isinstance(item, HookSelection):
             return item
         if isinstance(item, str):
-            return HookSelection(item, self.layers)
+            return HookSelection(item, self.layers, self.ops)
         if isinstance(item, Mapping) and set(item) <= {"hook", "layers", "ops"} and "hook" in item:
-            return HookSelection(item["hook"], item.get("layers", self.layers), item.get("ops", OP_FAMILIES))
+            return HookSelection(item["hook"], item.get("layers", self.layers), item.get("ops", self.ops))
         raise SpecError(f"{item!r} is no hook selection; give a hook name or HookSelection(hook, layers)")
 
     def table_dtype(self, stream: torch.dtype) -> torch.dtype:
@@ -192,6 +233,9 @@ class SteerSpec:
             "rows": self.rows,
             "max_tokens": self.max_tokens,
             "placement": self.placement,
+            "ops": list(self.ops),
+            "clamps": self.clamps,
+            "lowering": self.lowering,
         }
         if self.dtype is not None:
             data["dtype"] = self.dtype
@@ -204,10 +248,9 @@ class SteerSpec:
         Raises:
             SpecError: unknown keys or values.
         """
-        known = {"steer", "capture", "layers", "rows", "max_tokens", "dtype", "placement"}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(set(data) - KEYS)
         if unknown:
-            raise SpecError(f"unknown key {unknown[0]!r} in the spec; the keys are {', '.join(sorted(known))}")
+            raise SpecError(f"unknown key {unknown[0]!r} in the spec; the keys are {', '.join(sorted(KEYS))}")
         return cls(**dict(data))
 
     def to_json(self) -> str:
@@ -236,3 +279,7 @@ class SteerSpec:
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
             raise SpecError(f"the spec is not TOML: {error}; write what SteerSpec.to_toml gives") from error
+
+
+KEYS = {"steer", "capture", "layers", "rows", "max_tokens", *SpecOptions.__annotations__}
+"""Keys of a spec as plain data."""

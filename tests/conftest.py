@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(_OFFLINE)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "inductor")
     os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
     os.environ["MPLCONFIGDIR"] = os.path.join(folder, "matplotlib")
     torch.set_num_threads(2)
 

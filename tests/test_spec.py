@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from steer_compile import HookSelection, SteerSpec, steer_backend
 from steer_compile.errors import SpecError
 from steer_compile.hooks import BRANCH_HOOKS, HOOKS, is_stream_hook, parse_hook, parse_site
-from steer_compile.spec import PLACEMENTS, LayersLike, Selections, parse_layers
+from steer_compile.spec import LOWERINGS, OP_FAMILIES, PLACEMENTS, LayersLike, Selections, parse_layers
 
 LAYERS = st.one_of(st.just("all"), st.lists(st.integers(-40, 90), min_size=1, max_size=5, unique=True))
+FAMILIES = st.lists(st.sampled_from(OP_FAMILIES), min_size=1, unique=True)
 NAMES = st.one_of(st.sampled_from(HOOKS), st.integers(0, 12).map(lambda n: f"write_{n}"))
 
 
 @st.composite
 def selections(draw: st.DrawFn, least: int) -> list[HookSelection]:
     names = draw(st.lists(NAMES, min_size=least, max_size=4, unique=True))
-    return [HookSelection(name, draw(LAYERS)) for name in names]
+    return [HookSelection(name, draw(LAYERS), draw(FAMILIES)) for name in names]
 
 
 @st.composite
@@ -34,6 +35,9 @@ def specs(draw: st.DrawFn) -> SteerSpec:
         max_tokens=draw(st.integers(1, 10**7)),
         dtype=draw(st.sampled_from([None, "float32", "bfloat16", torch.float16])),
         placement=draw(st.sampled_from(PLACEMENTS)),
+        ops=draw(FAMILIES),
+        clamps=draw(st.integers(1, 64)),
+        lowering=draw(st.sampled_from(LOWERINGS)),
     )
 
 
@@ -127,6 +131,22 @@ def test_sites_that_cannot_be_read(text: str) -> None:
     assert repr(text) in str(error.value)
 
 
+def test_op_families_of_hooks_given_by_name() -> None:
+    spec = SteerSpec(
+        steer=["post_block", HookSelection("mlp_out"), {"hook": "mlp_in"}, {"hook": "attn_in", "ops": "clamp"}],
+        capture="post_block",
+        ops=("monitor", "tier", "monitor"),
+    )
+    assert [s.ops for s in spec.steer] == [("tier", "monitor"), ("add",), ("tier", "monitor"), ("clamp",)]
+    assert SteerSpec(steer="post_block", ops="clamp").steer[0].ops == ("clamp",)
+    plain = SteerSpec(steer="post_block")
+    assert (plain.ops, plain.clamps, plain.lowering) == (("add",), 4, "auto")
+    text = 'steer = ["post_block"]\nops = ["add", "clamp"]\nclamps = 2\nlowering = "template"'
+    assert SteerSpec.from_toml(text) == SteerSpec(
+        steer="post_block", ops=("add", "clamp"), clamps=2, lowering="template"
+    )
+
+
 def test_one_hook_needs_no_list() -> None:
     whole = SteerSpec(steer=("post_block",), capture=("mlp_out",), layers=2)
     forms: list[Selections] = ["mlp_out", HookSelection("mlp_out", [2]), ["mlp_out"], iter(["mlp_out"])]
@@ -169,6 +189,21 @@ def test_a_spec_is_frozen() -> None:
         (lambda: SteerSpec(steer="post_block", rows=True), "rows=True", "whole number"),
         (lambda: SteerSpec(steer="post_block", max_tokens=-8), "max_tokens=-8", "at least 1"),
         (lambda: SteerSpec(steer="post_block", rows=1.5), "rows=1.5", "whole number"),  # type: ignore[arg-type]
+        (
+            lambda: SteerSpec(steer="post_block", ops=("add", "scale")),
+            "ops: unknown op family ['scale']",
+            "the families",
+        ),
+        (
+            lambda: SteerSpec(steer="post_block", ops=()),
+            "()",
+            "the families are add, tier, monitor, row_monitor, clamp",
+        ),
+        (lambda: SteerSpec(steer="post_block", ops=3), "[3]", "the families are add"),  # type: ignore[arg-type]
+        (lambda: SteerSpec(steer="post_block", clamps=0), "clamps=0", "at least 1"),
+        (lambda: SteerSpec(steer="post_block", clamps=True), "clamps=True", "whole number"),
+        (lambda: SteerSpec(steer="post_block", lowering="triton"), "lowering='triton'", "choose one of auto"),
+        (lambda: SteerSpec(steer="post_block", clamp=4), "'clamp'", "the keys are capture, clamps"),  # type: ignore[call-arg]
         (lambda: SteerSpec(steer="post_block", dtype="int8"), "'int8'", "choose one of float32"),
         (lambda: SteerSpec(steer="post_block", dtype=torch.float64), "float64", "choose one of float32"),
         (lambda: SteerSpec(steer="post_block", placement="norm"), "'norm'", "choose one of before_norm"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steer_compile import torch_compat
 from steer_compile.demo.subject import HOOK, Row, Subject
-from steer_compile.runtime.vectors import Steering
+from steer_compile.runtime.steering import Steering
 
 Step = Callable[[str], None]
 Scorer = Callable[[Sequence[str]], list[float]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steer_compile.backend import SteerBackend, steer_backend
 from steer_compile.runtime.runtime import Handle
-from steer_compile.runtime.vectors import Steering
+from steer_compile.runtime.steering import Steering
 from steer_compile.spec import HookSelection, SteerSpec
 
 HOOK = "post_block"

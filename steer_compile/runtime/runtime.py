@@ -13,7 +13,9 @@ from steer_compile.errors import NotSteered, SiteNotFound, SpecError, TooManyTok
 from steer_compile.runtime.capture import CaptureLog
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import PhaseTracker, RowPlan, token_rows
-from steer_compile.runtime.vectors import PHASES, SiteKey, Steering, scaled, vector_set
+from steer_compile.runtime.steering import Steering
+from steer_compile.runtime.tables import KINDS
+from steer_compile.runtime.vectors import PHASES, SiteKey, vector_set
 from steer_compile.spec import SteerSpec
 
 __all__ = ["Handle", "Runtime"]
@@ -127,6 +129,7 @@ class Runtime(Registry):
         if key != self._index_key:
             self.tables.index(token_rows(step, plans))
             self._index_key = key
+        self.sites.before_call(batch * length, step.phase == "decode")
 
     def after_call(self, captured: Collection[SiteKey]) -> None:
         """Called behind each compiled graph: let open capture logs take the sites that it stored."""
@@ -212,22 +215,23 @@ class Runtime(Registry):
             )
 
     def check_complete(self) -> None:
-        """Raise `SiteNotFound` when a site that the spec or a live vector names was in no compiled graph."""
-        have = {(b.kind, *site) for b in self.tables.banks for site in b.sites}
-        for kind, selections in (("table", self._spec.steer), ("capture", self._spec.capture)):
-            for selection in selections:
-                named = selection.layers if isinstance(selection.layers, tuple) else ()
-                missing = [n for n in named if n >= 0 and (kind, selection.hook, n) not in have]
-                if missing:
-                    raise SiteNotFound(f"layers.{missing[0]}.{selection.hook} was in none of the compiled graphs")
+        """Raise `SiteNotFound` when a site that the spec or live data names was in no compiled graph."""
+        wanted = [("capture", s) for s in self._spec.capture]
+        wanted += [(KINDS[op], s) for s in self._spec.steer for op in s.ops]
+        for kind, selection in wanted:
+            named = selection.layers if isinstance(selection.layers, tuple) else ()
+            have = self.tables.sites(kind)
+            missing = [n for n in named if isinstance(n, int) and n >= 0 and (selection.hook, n) not in have]
+            if missing:
+                raise SiteNotFound(f"layers.{missing[0]}.{selection.hook} was in none of the compiled graphs")
         with self._lock:
-            for parts in self._contents.values():
-                self.tables.check(scaled(parts))
+            self._rows.check_all(whole=True)
+            self.sites.check_all(whole=True)
 
     def status(self) -> dict[str, Any]:
         """Rows in use, named sets, calls and bytes of device memory, as plain data."""
         with self._lock:
-            tensors = [*self.tables.tensors, self.tables.rows, self.tables.scale]
+            tensors = [*self.tables.tensors, self.tables.rows, self.tables.scale, self.tables.gain, self.tables.decode]
             return {
                 "rows": self._rows.in_use,
                 "rows_capacity": self._spec.rows,

@@ -9,13 +9,25 @@ import numpy.typing as npt
 import torch
 
 from steer_compile.errors import SiteNotFound, VectorError
-from steer_compile.ir import ROWS, SCALE, Bank, bank_name
+from steer_compile.ir import DECODE, GAIN, NO_THRESHOLD, ROWS, SCALE, Bank, bank_name
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import RESERVED_ROWS, SteerSpec
 
+_NEUTRAL = {
+    "probe_set": (0.0, 1.0, 0.0, 0.0),
+    "rowprobe_set": (NO_THRESHOLD, 1.0),
+    "clamp_set": (-torch.inf, torch.inf, 0.0),
+}
+"""What each line of a bank of settings holds while nothing is set; other banks hold zeros."""
+
+KINDS = {"add": "table", "tier": "tier", "monitor": "probe", "row_monitor": "rowprobe", "clamp": "clamp"}
+"""Kind of the bank that holds the vectors of each op family."""
+
+_NOUNS = {"add": "vector", "tier": "tier vector", "monitor": "probe", "row_monitor": "probe", "clamp": "direction"}
+
 
 class TableSet:
-    """Device tensors: one per bank, the token's row index (max_tokens,) int32 and the rows' scales (R,) fp32."""
+    """Device tensors: one per bank; each token's row (T,) int32, tier gain and decode mask (T,); rows' scales (R,)."""
 
     def __init__(self, spec: SteerSpec) -> None:
         self.spec = spec
@@ -24,6 +36,8 @@ class TableSet:
         self.device: torch.device | None = None
         self.rows: torch.Tensor = torch.empty(0)
         self.scale: torch.Tensor = torch.empty(0)
+        self.gain: torch.Tensor = torch.empty(0)
+        self.decode: torch.Tensor = torch.empty(0)
 
     def grow(self, banks: tuple[Bank, ...], device: torch.device) -> None:
         """Allocate the banks that are new. Existing tensors stay where they are."""
@@ -33,58 +47,96 @@ class TableSet:
             if self.device is None:
                 self.device = device
                 self.rows = torch.zeros(self.spec.max_tokens, dtype=torch.int32, device=device)
+                self.gain, self.decode = (torch.zeros(self.spec.max_tokens, device=device) for _ in range(2))
                 self.scale = torch.ones(RESERVED_ROWS + self.spec.rows, dtype=torch.float32, device=device)
             for bank in banks[len(self.tensors) :]:
                 shape = (len(bank.sites), bank.length, bank.width)
-                self.tensors.append(torch.zeros(shape, dtype=bank.dtype, device=device))
+                line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
+                self.tensors.append(line.expand(shape).clone())
         self.banks = banks
 
     def named(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Tensors by the buffer names of `passes.splice`."""
-        known = {bank_name(i): t for i, t in enumerate(self.tensors)} | {ROWS: self.rows, SCALE: self.scale}
+        known = {bank_name(i): t for i, t in enumerate(self.tensors)} | {
+            ROWS: self.rows, SCALE: self.scale, GAIN: self.gain, DECODE: self.decode,
+        }  # fmt: skip
         return {name: known[name] for name in names}
+
+    def steered(self) -> list[SiteKey]:
+        """Sites that hold data of some op family, each once."""
+        return list(dict.fromkeys(site for kind in KINDS.values() for site in self.sites(kind)))
 
     def width(self, key: SiteKey) -> int | None:
         """Width of a steered site, or None when no compiled graph has it."""
-        return next((b.width for b in self.banks if b.kind == "table" and key in b.sites), None)
+        return next((b.width for b in self.banks if b.kind in KINDS.values() and key in b.sites), None)
 
-    def steered(self) -> list[SiteKey]:
-        return [k for b in self.banks if b.kind == "table" for k in b.sites]
+    def sites(self, kind: str) -> list[SiteKey]:
+        """Sites that have a place in banks of a kind."""
+        return [site for bank in self.banks if bank.kind == kind for site in bank.sites]
 
-    def check(self, vectors: Mapping[SiteKey, torch.Tensor]) -> None:
-        """Raise for a vector that no compiled site can take: unknown site or wrong width."""
-        for (hook, layer), vector in vectors.items():
-            width = self.width((hook, layer))
-            if width is None:
-                sites = sorted(self.steered(), key=lambda k: (k[1], k[0]))
-                have = ", ".join(f"layers.{n}.{h}" for h, n in sites[:4]) + (", ..." if len(sites) > 4 else "")
-                raise SiteNotFound(
-                    f"no compiled graph has layers.{layer}.{hook}; {len(sites)} sites can be steered: {have or 'none'}"
-                )
-            if vector.numel() != width:
-                raise VectorError(
-                    f"the vector of layers.{layer}.{hook} has {vector.numel()} numbers but the site is {width} wide"
-                )
+    def families(self, site: SiteKey) -> tuple[str, ...]:
+        """Op families that are compiled in at a site."""
+        return tuple(family for family, kind in KINDS.items() if site in self.sites(kind))
 
-    def contents(self, bank: Bank, vectors: Mapping[SiteKey, torch.Tensor]) -> torch.Tensor:
-        """One row of a bank for every site, ``(sites, width)`` in the bank's dtype; zeros where there is no vector."""
-        rows = torch.zeros(len(bank.sites), bank.width, dtype=torch.float32, device="cpu")
-        for i, key in enumerate(bank.sites):
-            if key in vectors:
-                rows[i] = vectors[key]
-        cast = rows.to(bank.dtype)
-        if not bool(torch.isfinite(cast).all()):
-            text = (
-                f"a sum of vectors overflows the table's dtype {bank.dtype}; scale them down or set dtype in the spec"
-            )
-            raise VectorError(text)
-        return cast
+    def view(self, kind: str, site: SiteKey) -> torch.Tensor:
+        """A site's part of a bank, ``(length, width)`` in the bank's dtype.
 
-    def write(self, row: int, vectors: Mapping[SiteKey, torch.Tensor]) -> None:
-        """Write one row of every table bank."""
+        Raises:
+            SiteNotFound: no bank of this kind holds the site.
+        """
         for bank, tensor in zip(self.banks, self.tensors, strict=True):
-            if bank.kind == "table":
-                tensor[:, row, :].copy_(self.contents(bank, vectors))
+            if bank.kind == kind and site in bank.sites:
+                return tensor[bank.sites.index(site)]
+        raise SiteNotFound(self._absent(kind, site))
+
+    def _absent(self, what: str, site: SiteKey) -> str:
+        name, have = f"layers.{site[1]}.{site[0]}", self.families(site)
+        if have:
+            return (
+                f"{name} was compiled without {what!r}; it has {', '.join(have)}; "
+                f"add {what!r} to its ops in the spec and compile again"
+            )
+        sites = sorted(self.steered(), key=lambda k: (k[1], k[0]))
+        near = ", ".join(f"layers.{n}.{h}" for h, n in sites[:4]) + (", ..." if len(sites) > 4 else "")
+        return f"no compiled graph has {name}; {len(sites)} sites can be steered: {near or 'none'}; choose one of these"
+
+    def check(self, family: str, site: SiteKey, numbers: int | None = None) -> None:
+        """Raise for data of an op family that a compiled site cannot take.
+
+        Args:
+            numbers: how many numbers the vector has, None for no vector.
+
+        Raises:
+            SiteNotFound: the site or the family there is not compiled. VectorError: the site has another width.
+        """
+        if family not in self.families(site):
+            raise SiteNotFound(self._absent(family, site))
+        width = self.view(KINDS[family], site).size(-1)
+        if numbers is not None and numbers != width:
+            raise VectorError(
+                f"the {_NOUNS[family]} of layers.{site[1]}.{site[0]} has {numbers} numbers but the site is {width} "
+                "wide; give one number for each"
+            )
+
+    def put(self, kind: str, start: int, count: int, values: Mapping[SiteKey, torch.Tensor]) -> None:
+        """Write lines ``start`` to ``start + count`` of every site in the banks of a kind.
+
+        Args:
+            values: fp32 lines ``(n, width)`` with n <= count, or one line ``(width,)``; what they do not name becomes
+                neutral.
+
+        Raises:
+            VectorError: a number overflows the bank's dtype.
+        """
+        for bank, tensor in zip(self.banks, self.tensors, strict=True):
+            if bank.kind == kind:
+                part = tensor[:, start : start + count]
+                if any(site in values for site in bank.sites):
+                    part.copy_(_block(bank, count, values))
+                elif kind in _NEUTRAL:
+                    part.copy_(torch.tensor(_NEUTRAL[kind], dtype=bank.dtype))
+                else:
+                    part.zero_()
 
     def index(self, rows: npt.NDArray[np.int32]) -> None:
         """Set the row of the first ``rows.size`` tokens."""
@@ -104,3 +156,19 @@ class TableSet:
                 for i, key in enumerate(bank.sites):
                     found[key] = tensor[i, :tokens]
         return found
+
+
+def _block(bank: Bank, count: int, values: Mapping[SiteKey, torch.Tensor]) -> torch.Tensor:
+    """Lines of every site of a bank, ``(sites, count, width)`` on the CPU in the bank's dtype."""
+    neutral = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=torch.float32, device="cpu")
+    block = neutral.expand(len(bank.sites), count, bank.width).clone()
+    for i, site in enumerate(bank.sites):
+        if site in values:
+            lines = torch.atleast_2d(values[site])
+            block[i, : lines.size(0)] = lines
+    cast = block.to(bank.dtype)
+    if bank.kind not in _NEUTRAL and not bool(torch.isfinite(cast).all()):
+        raise VectorError(
+            f"a sum of vectors overflows the table's dtype {bank.dtype}; scale them down or set dtype in the spec"
+        )
+    return cast

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from steer_compile.hooks import parse_hook, parse_site
 
 SiteKey: TypeAlias = tuple[str, int]
 PHASES = ("prefill", "decode")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,8 @@ def vector_set(source: object) -> VectorSet:
         return source or VectorSet()
     if not isinstance(source, Mapping):
         raise VectorError(f"vectors are given as {type(source).__name__}; give {{hook: {{layer: vector}}}}")
-    checked: dict[SiteKey, torch.Tensor] = {}
-    for key, value in _flatten(source):
-        if key in checked:
-            raise VectorError(f"the vector of layers.{key[1]}.{key[0]} is given twice")
-        checked[key] = _vector(key, value)
+    given = by_site(source, "vector")
+    checked = {key: checked_vector(f"the vector of layers.{key[1]}.{key[0]}", value) for key, value in given.items()}
     ordered = tuple(sorted(checked.items(), key=lambda item: item[0]))
     digest = hashlib.sha256()
     for (hook, layer), vector in ordered:
@@ -68,15 +65,36 @@ def vector_set(source: object) -> VectorSet:
     return VectorSet(ordered, digest.hexdigest()[:32] if ordered else "")
 
 
+def by_site(source: Mapping[Any, Any], what: str) -> dict[SiteKey, Any]:
+    """Values by site, from any of the forms that `vector_set` takes.
+
+    Raises:
+        VectorError: a site has two values. SpecError: an unknown hook or site name, or a layer that is no number.
+    """
+    found: dict[SiteKey, Any] = {}
+    for key, value in _flatten(source):
+        if key in found:
+            raise VectorError(f"the {what} of layers.{key[1]}.{key[0]} is given twice; give each site once")
+        found[key] = value
+    return found
+
+
 def _flatten(source: Mapping[Any, Any]) -> Iterable[tuple[SiteKey, Any]]:
     for key, value in source.items():
-        if isinstance(key, tuple) and len(key) == 2:
-            yield _site(*key), value
-        elif isinstance(value, Mapping):
-            for layer, vector in value.items():
-                yield _site(key, layer), vector
+        if isinstance(value, Mapping) and not isinstance(key, tuple):
+            for layer, item in value.items():
+                yield _site(key, layer), item
         else:
-            yield parse_site(str(key)), value
+            yield site_key(key), value
+
+
+def site_key(site: object) -> SiteKey:
+    """``("post_block", 3)`` of itself or of ``"layers.3.post_block"``.
+
+    Raises:
+        SpecError: it names no site.
+    """
+    return _site(*site) if isinstance(site, tuple) and len(site) == 2 else parse_site(str(site))
 
 
 def _site(hook: object, layer: object) -> SiteKey:
@@ -85,23 +103,29 @@ def _site(hook: object, layer: object) -> SiteKey:
     return parse_hook(str(hook)), int(str(layer))
 
 
-def _vector(key: SiteKey, value: Any) -> torch.Tensor:
-    """The checked vector: a copy in fp32 on the CPU, with 0.0 for -0.0 so that equal vectors have equal bytes."""
-    name = f"layers.{key[1]}.{key[0]}"
+def checked_vector(name: str, value: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The checked vector: a copy on the CPU, with 0.0 for -0.0 so that equal vectors have equal bytes.
+
+    Args:
+        name: what the error texts call it.
+        dtype: dtype of the copy, in which it must be finite.
+
+    Raises:
+        VectorError: it is not one-dimensional, not floating, or holds NaN or infinity.
+    """
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        text = f"the vector of {name} is a {type(value).__name__} that is no tensor ({error}); give a 1-D tensor"
+        text = f"{name} is a {type(value).__name__} that is no tensor ({error}); give a 1-D tensor"
         raise VectorError(text) from error
     if not tensor.dtype.is_floating_point:
-        raise VectorError(f"the vector of {name} has dtype {tensor.dtype}; give floating-point numbers")
+        raise VectorError(f"{name} has dtype {tensor.dtype}; give floating-point numbers")
     if tensor.dim() != 1 or tensor.numel() == 0:
-        shape = tuple(tensor.shape)
-        raise VectorError(f"the vector of {name} has shape {shape}; give one dimension of the site's width")
+        raise VectorError(f"{name} has shape {tuple(tensor.shape)}; give one dimension of the site's width")
     with torch.inference_mode(False):
-        tensor = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous() + 0.0
+        tensor = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous() + 0.0
     if not bool(torch.isfinite(tensor).all()):
-        raise VectorError(f"the vector of {name} holds NaN or infinity; fix the vector")
+        raise VectorError(f"{name} holds NaN or infinity; fix the vector")
     return tensor
 
 
@@ -154,7 +178,12 @@ def _span(span: object) -> tuple[int | None, int | None]:
     raise SpecError(f"{span!r} is no span of prompt positions; give pairs such as (0, 5), (-3, None)")
 
 
-def _named(item: object) -> tuple[str, float]:
+def named_set(item: object) -> tuple[str, float]:
+    """Name and scale of a registered vector set.
+
+    Raises:
+        VectorError: it names none.
+    """
     if isinstance(item, str):
         return item, 1.0
     if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str):
@@ -162,53 +191,13 @@ def _named(item: object) -> tuple[str, float]:
     raise VectorError(f"{item!r} names no vector set; give a name or a pair (name, scale)")
 
 
-def finite(scale: object) -> float:
-    """The scale as a number.
+def finite(value: object, name: str = "scale") -> float:
+    """The value as a number that is finite in fp32, the dtype of the tables.
 
     Raises:
-        VectorError: it is not a finite number.
+        VectorError: it is no such number.
     """
-    if isinstance(scale, numbers.Real) and math.isfinite(scale):
-        return float(scale)
-    raise VectorError(f"scale {scale!r} is not finite; give a finite number")
-
-
-@dataclass(frozen=True, init=False)
-class Steering:
-    """One request's configuration. Vectors of the tiers add: prefill uses base + prefill, decode base + decode.
-
-    Attributes:
-        base, prefill, decode: vectors (any form that `vector_set` takes).
-        named: registered vector sets to add to the base tier: names, or pairs ``(name, scale)``.
-        scale: factor on all vectors of this configuration.
-        tokens: the tokens that are steered; None is all.
-
-    Raises:
-        VectorError: bad vectors, or a scale that is not finite.
-    """
-
-    base: VectorSet
-    prefill: VectorSet
-    decode: VectorSet
-    named: tuple[tuple[str, float], ...]
-    scale: float
-    tokens: TokenSelection | None
-
-    def __init__(
-        self,
-        base: object = None,
-        prefill: object = None,
-        decode: object = None,
-        named: str | Iterable[str | tuple[str, float]] = (),
-        scale: float = 1.0,
-        tokens: TokenSelection | None = None,
-    ) -> None:
-        for tier, vectors in (("base", base), ("prefill", prefill), ("decode", decode)):
-            object.__setattr__(self, tier, vector_set(vectors))
-        names = (named,) if isinstance(named, str) else named
-        object.__setattr__(self, "named", tuple(_named(item) for item in names))
-        object.__setattr__(self, "scale", finite(scale))
-        object.__setattr__(self, "tokens", tokens)
-
-    def tier(self, phase: str) -> VectorSet:
-        return self.prefill if phase == "prefill" else self.decode
+    number: Any = value
+    if isinstance(value, numbers.Real) and -_LARGEST <= number <= _LARGEST:
+        return float(number)
+    raise VectorError(f"{name} {value!r} is not finite; give a finite number")

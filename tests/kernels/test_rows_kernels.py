@@ -6,11 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer_compile.kernels.add_rows import add_rows, add_rows_fp64
+from steer_compile.kernels.steer_rows import SteerArgs, steer_rows, steer_rows_fp64
 from steer_compile.kernels.store_rows import store_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS, WIDTH = 6, 24
+
+
+def add_rows(h: Tensor, table: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    return steer_rows(h, SteerArgs(rows, table, scale), h.dtype)
+
+
+def add_rows_fp64(h: Tensor, table: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    return steer_rows_fp64(h, SteerArgs(rows, table, scale))
 
 
 def inputs(dtype: torch.dtype, seed: int, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -35,14 +35,14 @@ tokens: 32
 bank 0 capture: f32[1, 32, 32]
 bank 1 capture: f32[1, 32, 32]
 bank 2 table: f32[6, 8, 32]
-add_rows layers.0.post_block = add@model.layers.0 : f32[2, 7, 32] batch_first <- bank 2[0]
-capture layers.0.pre_attn = embedding@model.embed_tokens : f32[2, 7, 32] batch_first <- bank 0[0]
-add_rows layers.0.attn_out = linear@model.layers.0.self_attn.o_proj : f32[2, 7, 32] batch_first <- bank 2[2]
-add_rows layers.0.mlp_in = mul@model.layers.0.post_attention_layernorm : f32[2, 7, 32] batch_first <- bank 2[4] -> linear@model.layers.0.mlp.gate_proj, linear@model.layers.0.mlp.up_proj
-add_rows layers.1.post_block = add@model.layers.1 : f32[2, 7, 32] batch_first <- bank 2[1]
-capture layers.1.pre_attn = add@model.layers.0 : f32[2, 7, 32] batch_first <- bank 1[0]
-add_rows layers.1.attn_out = linear@model.layers.1.self_attn.o_proj : f32[2, 7, 32] batch_first <- bank 2[3]
-add_rows layers.1.mlp_in = mul@model.layers.1.post_attention_layernorm : f32[2, 7, 32] batch_first <- bank 2[5] -> linear@model.layers.1.mlp.gate_proj, linear@model.layers.1.mlp.up_proj""",
+add layers.0.post_block = add@model.layers.0 : f32[2, 7, 32] batch_first <- table 2[0]
+capture layers.0.pre_attn = embedding@model.embed_tokens : f32[2, 7, 32] batch_first <- capture 0[0]
+add layers.0.attn_out = linear@model.layers.0.self_attn.o_proj : f32[2, 7, 32] batch_first <- table 2[2]
+add layers.0.mlp_in = mul@model.layers.0.post_attention_layernorm : f32[2, 7, 32] batch_first <- table 2[4] -> linear@model.layers.0.mlp.gate_proj, linear@model.layers.0.mlp.up_proj
+add layers.1.post_block = add@model.layers.1 : f32[2, 7, 32] batch_first <- table 2[1]
+capture layers.1.pre_attn = add@model.layers.0 : f32[2, 7, 32] batch_first <- capture 1[0]
+add layers.1.attn_out = linear@model.layers.1.self_attn.o_proj : f32[2, 7, 32] batch_first <- table 2[3]
+add layers.1.mlp_in = mul@model.layers.1.post_attention_layernorm : f32[2, 7, 32] batch_first <- table 2[5] -> linear@model.layers.1.mlp.gate_proj, linear@model.layers.1.mlp.up_proj""",
         )
 
     def test_gpt2(self) -> None:
@@ -52,9 +52,9 @@ add_rows layers.1.mlp_in = mul@model.layers.1.post_attention_layernorm : f32[2, 
             """\
 tokens: 64
 bank 0 table: bf16[3, 11, 32]
-add_rows layers.0.post_attn = add@transformer.h.0 : f32[2, 7, 32] batch_first <- bank 0[0] -> add@transformer.h.0
-add_rows layers.1.post_attn = add@transformer.h.1 : f32[2, 7, 32] batch_first <- bank 0[1] -> add@transformer.h.1
-add_rows layers.1.post_block = add@transformer.h.1 : f32[2, 7, 32] batch_first <- bank 0[2]""",
+add layers.0.post_attn = add@transformer.h.0 : f32[2, 7, 32] batch_first <- table 0[0] -> add@transformer.h.0
+add layers.1.post_attn = add@transformer.h.1 : f32[2, 7, 32] batch_first <- table 0[1] -> add@transformer.h.1
+add layers.1.post_block = add@transformer.h.1 : f32[2, 7, 32] batch_first <- table 0[2]""",
         )
 
     def test_parallel_block(self) -> None:
@@ -67,12 +67,12 @@ tokens: 64
 bank 0 capture: f32[1, 64, 16]
 bank 1 capture: f32[1, 64, 16]
 bank 2 table: f32[4, 11, 16]
-capture layers.0.post_block = add@layers.0 : f32[2, 5, 16] batch_first <- bank 0[0]
-add_rows layers.0.attn_out = linear@layers.0.attn.o : f32[2, 5, 16] batch_first <- bank 2[0]
-add_rows layers.0.mlp_out = linear@layers.0.mlp.down : f32[2, 5, 16] batch_first <- bank 2[2]
-capture layers.2.post_block = add@layers.2 : f32[2, 5, 16] batch_first <- bank 1[0]
-add_rows layers.2.attn_out = linear@layers.2.attn.o : f32[2, 5, 16] batch_first <- bank 2[1]
-add_rows layers.2.mlp_out = linear@layers.2.mlp.down : f32[2, 5, 16] batch_first <- bank 2[3]""",
+capture layers.0.post_block = add@layers.0 : f32[2, 5, 16] batch_first <- capture 0[0]
+add layers.0.attn_out = linear@layers.0.attn.o : f32[2, 5, 16] batch_first <- table 2[0]
+add layers.0.mlp_out = linear@layers.0.mlp.down : f32[2, 5, 16] batch_first <- table 2[2]
+capture layers.2.post_block = add@layers.2 : f32[2, 5, 16] batch_first <- capture 1[0]
+add layers.2.attn_out = linear@layers.2.attn.o : f32[2, 5, 16] batch_first <- table 2[1]
+add layers.2.mlp_out = linear@layers.2.mlp.down : f32[2, 5, 16] batch_first <- table 2[3]""",
         )
 
 

@@ -321,6 +321,6 @@ def test_status_is_plain_data() -> None:
         "named": {"a": runtime.names["a"]},
         "calls": 0,
         "sites": [f"layers.{n}.post_block" for n in range(LAYERS)],
-        "bytes": 4 * (LAYERS * (4 + 3) * WIDTH + 16 + (4 + 3)),
+        "bytes": 4 * (LAYERS * (4 + 3) * WIDTH + 3 * 16 + (4 + 3)),
     }
     assert handle.rows == {"prefill": 3, "decode": 4}

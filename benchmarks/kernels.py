@@ -1,0 +1,199 @@
+"""Bytes per second of the site template against a device copy and against Inductor's version of the same formula.
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --tune     # warps and programs for each width
+
+Needs a CUDA device. An op whose result differs from fp64 is reported as red, without a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import records, timing
+from steer_compile.kernels import site as site_module
+from steer_compile.kernels.site import SiteArgs, launch, reference, reference_norm
+from steer_compile.kernels.site_launch import UNBOUNDED, LaunchOptions, launch_options
+from steer_compile.kernels.steer_rows import steer_rows_fp64
+from tests.kernels.site_inputs import site_args
+
+FAMILIES = {
+    "add": ("branch", "add"),
+    "monitor": ("branch", "add", "tier", "monitor"),
+    "row_monitor": ("branch", "add", "row_monitor"),
+    "clamp": ("branch", "add", "clamp"),
+    "capture": ("branch", "add", "capture"),
+    "all": ("branch", "capture", "add", "tier", "monitor", "row_monitor", "clamp"),
+}
+TOKENS = (1, 8, 64, 256, 1024, 4096, 16384, 65536)
+WIDTHS = (2048, 3072, 4096, 8192)
+BYTES_MOVED = 4 << 30
+"""Bytes that the input sets of one measurement hold together, so that no set is in the cache when its turn comes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the table."""
+
+    family: str
+    tokens: int
+    width: int
+    dtype: torch.dtype
+
+    def bytes(self) -> int:
+        """Fewest bytes that must move: stream and branch in, stream and norm out, and the capture."""
+        tensors = 5 if "capture" in FAMILIES[self.family] else 4
+        return tensors * self.tokens * self.width * self.dtype.itemsize
+
+    def args(self, seed: int) -> SiteArgs:
+        return site_args(self.tokens, self.width, self.dtype, FAMILIES[self.family], seed=seed, device="cuda")
+
+
+def relative(out: Tensor, exact: Tensor) -> float:
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def flaw(case: Case, run: Callable[[SiteArgs], tuple[Tensor, Tensor]]) -> str:
+    """What is wrong with an implementation at this case, or nothing."""
+    a = case.args(99)
+    v = a.stream + a.branch if a.branch is not None else a.stream
+    steered = steer_rows_fp64(v, a.steering(), a.clamps)
+    weight = None if a.weight is None else a.weight.double()
+    normed = reference_norm(steered, a._replace(stream=a.stream.double(), weight=weight))
+    room = 2 * torch.finfo(case.dtype).eps
+    errors = [relative(got, exact) for got, exact in zip(run(a), (steered, normed), strict=True)]
+    if a.capture is not None:
+        errors.append(relative(a.capture[0, : case.tokens], v.double()))
+    return "" if all(e <= room for e in errors) else f"relative errors {errors} are over {room:.1e}"
+
+
+def microseconds(run: Callable[[], object], replays: int = 20) -> float:
+    """Median time of one replay of a CUDA graph of ``run``."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(replays):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) * 1e3)
+    return statistics.median(times)
+
+
+def input_sets(case: Case) -> list[SiteArgs]:
+    """As many inputs as it takes to be out of the cache when their turn comes again."""
+    count = max(2, min(64, BYTES_MOVED // max(case.bytes(), 1) // 8))
+    first = case.args(0)
+    fresh = {"stream", "branch", "capture"}
+    return [first._replace(**{k: getattr(first, k).clone() for k in fresh if getattr(first, k) is not None})
+            for _ in range(count)]  # fmt: skip
+
+
+def time_of(case: Case, run: Callable[[SiteArgs], object], sets: list[SiteArgs]) -> float:
+    """Microseconds of one call, over all input sets."""
+    return microseconds(lambda: [run(a) for a in sets]) / len(sets)
+
+
+def copy_of(case: Case, sets: list[SiteArgs]) -> float:
+    """Microseconds of a copy that moves as many bytes as the case must."""
+    numbers = case.bytes() // 2 // case.dtype.itemsize
+    pairs = [(torch.randn(numbers, device="cuda").to(case.dtype), torch.empty(numbers, device="cuda", dtype=case.dtype))
+             for _ in sets]  # fmt: skip
+    return microseconds(lambda: [target.copy_(source) for source, target in pairs]) / len(sets)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One row of the table."""
+    compiled = torch.compile(reference, dynamic=False)
+    row: dict[str, Any] = {"family": case.family, "tokens": case.tokens, "width": case.width}
+    row |= {"dtype": str(case.dtype).removeprefix("torch."), "bytes": case.bytes()}
+    sets = input_sets(case)
+    row["copy_us"] = round(copy_of(case, sets), 3)
+    for name, run in (("template", launch), ("inductor", compiled)):
+        torch._dynamo.reset_code(reference.__code__)
+        wrong = flaw(case, run)
+        if wrong:
+            row |= {f"{name}_us": "", f"{name}_of_copy_percent": "", f"{name}_red": wrong}
+            continue
+        spent = time_of(case, run, sets)
+        row |= {f"{name}_us": round(spent, 3), f"{name}_of_copy_percent": round(100 * row["copy_us"] / spent, 1)}
+        row[f"{name}_red"] = ""
+    return row
+
+
+def cases(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Case]:
+    for family in FAMILIES:
+        for count in tokens:
+            yield Case(family, count, 2048, torch.bfloat16)
+    for width in widths:
+        yield Case("add", 4096, width, torch.bfloat16)
+        yield Case("all", 4096, width, torch.bfloat16)
+    for dtype in (torch.float16, torch.float32):
+        yield Case("add", 4096, 2048, dtype)
+
+
+def tune(where: dict[str, Any]) -> None:
+    """Time every number of warps and programs at each width."""
+    original = site_module.launch_options
+    for width in WIDTHS:
+        for family in ("add", "all"):
+            for tokens in (1, 64, 4096):
+                case = Case(family, tokens, width, torch.bfloat16)
+                sets, found = input_sets(case), {}
+                for warps in (2, 4, 8, 16):
+                    for most in (UNBOUNDED, 132 * 4, 132 * 16) if tokens > 1000 else (UNBOUNDED,):
+                        options = LaunchOptions(launch_options(width).block, warps, most)
+                        site_module.launch_options = lambda *_, chosen=options: chosen  # type: ignore[assignment]
+                        found[f"{warps}w{'' if most == UNBOUNDED else f'/{most}'}"] = round(
+                            time_of(case, launch, sets), 2
+                        )
+                text = "  ".join(f"{k} {v}" for k, v in sorted(found.items(), key=lambda item: item[1]))
+                print(f"tune {width} {family} {tokens}: copy {copy_of(case, sets):.2f}  {text}", flush=True)
+    site_module.launch_options = original
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--out", type=Path, default=records.RESULTS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("the kernel benchmark needs a CUDA device")
+    where = {**records.environment(options.commit), "copy_tb_per_s": round(timing.copy_bandwidth(), 3)}
+    print(json.dumps(where), flush=True)
+    if options.tune:
+        tune(where)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = []
+    with torch.no_grad():
+        for case in cases(tuple(options.tokens), WIDTHS):
+            row = measure(case)
+            print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+            table.append({**row, **where})
+            records.write_csv(table, options.out / "kernels.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The variants that `benchmarks.sites` compares: which op families, by which lowering, and their run-time data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer_compile import Clamp, Monitor, Steering, SteerSpec
+from steer_compile.runtime.rows import PhaseTracker
+
+HOOKS = ("post_attn", "post_block")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One graph: op families at both stream hooks of every layer, hooks that are captured, and the lowering."""
+
+    ops: tuple[str, ...]
+    capture: bool
+    lowering: str
+    goal: str = "none, for comparison"
+    idle: bool = False
+    opaque: bool = False
+
+    def spec(self, max_tokens: int) -> SteerSpec:
+        steer = HOOKS if self.ops else ()
+        capture = HOOKS if self.capture else ()
+        return SteerSpec(
+            steer=steer, capture=capture, ops=self.ops or ("add",), rows=8, max_tokens=max_tokens, clamps=4,
+            lowering=self.lowering,
+        )  # fmt: skip
+
+
+_FAMILIES: dict[str, tuple[tuple[str, ...], bool, str]] = {
+    "add": (("add",), False, "<= 0.5 %"),
+    "monitor": (("add", "tier", "monitor"), False, "<= 0.7 %"),
+    "row_monitor": (("add", "row_monitor"), False, "<= 1 %"),
+    "clamp": (("add", "clamp"), False, "<= 2 %"),
+    "capture": (("add",), True, "<= 3 %"),
+    "all": (("add", "tier", "monitor", "row_monitor", "clamp"), True, "none, for comparison"),
+}
+KINDS = {
+    "idle": Kind(("add",), False, "template", "<= 0.3 %", idle=True),
+    **{name: Kind(ops, capture, "template", goal) for name, (ops, capture, goal) in _FAMILIES.items()},
+    **{f"{name}_compiler": Kind(ops, capture, "compiler") for name, (ops, capture, _) in _FAMILIES.items()},
+    "add_opaque": Kind(("add",), False, "compiler", opaque=True),
+}
+
+
+def activate(runtime: Any, kind: Kind, layers: int, width: int) -> None:
+    """Fill every table that the kind has, with gates that are half open, and steer every token as a decoded one."""
+    runtime.phases = PhaseTracker(told="decode")
+    if kind.idle or not kind.ops:
+        return
+    generator = torch.Generator().manual_seed(7)
+    sites = [(hook, n) for hook in HOOKS for n in range(layers)]
+
+    def drawn(size: float) -> dict[tuple[str, int], Tensor]:
+        return {site: size * torch.randn(width, generator=generator) for site in sites}
+
+    config: dict[str, Any] = {"base": drawn(0.02)} if "add" in kind.ops else {}
+    if "row_monitor" in kind.ops:
+        config["monitors"] = {site: Monitor(v, 0.1, 0.5) for site, v in drawn(0.05).items()}
+    if "clamp" in kind.ops:
+        config["clamps"] = {
+            site: [Clamp(torch.randn(width, generator=generator), lo=-0.05, hi=0.05) for _ in range(4)]
+            for site in sites
+        }
+    if "tier" in kind.ops:
+        runtime.sites.set_tier(drawn(0.02))
+    if "monitor" in kind.ops:
+        for site, probe in drawn(0.05).items():
+            runtime.sites.set_monitor(site, Monitor(probe, 0.1, 0.5), gate_rows=True)
+    runtime.assign(runtime.register(Steering(**config)))

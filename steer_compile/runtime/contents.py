@@ -1,0 +1,77 @@
+"""What one row of the tables holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from steer_compile.errors import VectorError
+from steer_compile.runtime.gates import Clamp, Clamps, Monitors
+from steer_compile.runtime.tables import TableSet
+from steer_compile.runtime.vectors import SiteKey, VectorSet, scaled
+
+Parts: TypeAlias = tuple[tuple[VectorSet, float], ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Vectors with their scales, monitors and clamps of one row."""
+
+    parts: Parts = ()
+    monitors: Monitors = ()
+    clamps: Clamps = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.parts or self.monitors or self.clamps)
+
+    def __add__(self, own: Contents) -> Contents:
+        """Both together; at a site the clamps of ``own`` come last, and its monitors are the ones that count."""
+        clamps: dict[SiteKey, tuple[Clamp, ...]] = dict(self.clamps)
+        for site, each in own.clamps:
+            clamps[site] = (*clamps.get(site, ()), *each)
+        monitors = {**dict(self.monitors), **dict(own.monitors)}
+        return Contents((*self.parts, *own.parts), tuple(monitors.items()), tuple(clamps.items()))
+
+    def digest(self) -> str:
+        """Equal contents have equal digests."""
+        vectors = [f"{vectors.digest}*{scale!r}" for vectors, scale in self.parts]
+        monitors = [f"{site}?{monitor.digest}" for site, monitor in self.monitors]
+        clamps = [f"{site}|{','.join(c.digest for c in each)}" for site, each in self.clamps]
+        return ";".join([*vectors, *monitors, *clamps])
+
+    def needs(self) -> Iterator[tuple[str, SiteKey, int]]:
+        """What a site must offer: op family, site and how many numbers its vectors have."""
+        for vectors, _ in self.parts:
+            yield from (("add", site, vector.numel()) for site, vector in vectors.items())
+        yield from (("row_monitor", site, monitor.probe.numel()) for site, monitor in self.monitors)
+        for site, each in self.clamps:
+            yield from (("clamp", site, clamp.direction.numel()) for clamp in each)
+
+    def check_room(self, most_clamps: int) -> None:
+        """Raise `VectorError` for more clamps at a site than a row has room for."""
+        for (hook, layer), each in self.clamps:
+            if len(each) > most_clamps:
+                raise VectorError(
+                    f"layers.{layer}.{hook} gets {len(each)} clamps, global ones included, but the spec has "
+                    f"clamps={most_clamps}; raise it and compile again, or give fewer"
+                )
+
+    def write(self, tables: TableSet, row: int, most_clamps: int) -> None:
+        """Write a row of every table: what the contents do not name is neutral afterwards.
+
+        Raises:
+            VectorError: a sum of vectors overflows the table's dtype.
+        """
+        tables.put("table", row, 1, scaled(self.parts))
+        monitors = dict(self.monitors)
+        tables.put("rowprobe", row, 1, {site: m.probe for site, m in monitors.items()})
+        settings = {site: torch.tensor([m.threshold, m.sharpness]) for site, m in monitors.items()}
+        tables.put("rowprobe_set", row, 1, settings)
+        clamps = dict(self.clamps)
+        directions = {site: torch.stack([c.direction for c in each]) for site, each in clamps.items()}
+        tables.put("clamp", row * most_clamps, most_clamps, directions)
+        bounds = {site: torch.tensor([[c.lo, c.hi, c.strength] for c in each]) for site, each in clamps.items()}
+        tables.put("clamp_set", row * most_clamps, most_clamps, bounds)

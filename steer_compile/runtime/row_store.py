@@ -1,0 +1,116 @@
+"""`RowStore`: the rows of the tables and what lies in them, everyone's data included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from steer_compile.errors import VectorError
+from steer_compile.runtime.contents import Contents
+from steer_compile.runtime.rows import GLOBAL_ROWS, RowAllocator, RowKey
+from steer_compile.runtime.scope import Scope
+from steer_compile.runtime.tables import TableSet
+from steer_compile.runtime.vectors import PHASES
+from steer_compile.spec import SteerSpec
+
+
+class RowStore:
+    """Rows by phase and content. Every change happens as a whole or not at all; the caller holds the lock."""
+
+    def __init__(self, spec: SteerSpec, tables: TableSet, scope: Scope) -> None:
+        self._most_clamps = spec.clamps
+        self._tables = tables
+        self._scope = scope
+        self._rows = RowAllocator(spec.rows)
+        self._contents: dict[RowKey, Contents] = {}
+        self._scales: dict[int, float] = {}
+        self._everyone: dict[str, Contents] = {phase: Contents() for phase in PHASES}
+
+    @property
+    def in_use(self) -> int:
+        return self._rows.in_use
+
+    def live(self) -> dict[RowKey, int]:
+        """Rows in use by key."""
+        return self._rows.live()
+
+    def check(self, contents: Contents, whole: bool = False) -> None:
+        """Raise for what the spec or a compiled site cannot take (``whole``: all parts of the model ran).
+
+        Raises:
+            SiteNotFound: no such site, or not with this op family. VectorError: another width.
+        """
+        for family, site, numbers in contents.needs():
+            self._scope.check(family, site, numbers, whole)
+
+    def check_all(self, whole: bool = False) -> None:
+        """`check` for everything that is set."""
+        for contents in (*self._everyone.values(), *self._contents.values()):
+            self.check(contents, whole)
+
+    def take(self, made: Mapping[str, Contents]) -> dict[str, tuple[RowKey, int]]:
+        """Rows for contents by phase, shared with equal ones; phases without content get none.
+
+        Raises:
+            TableFull: no free row. VectorError, SiteNotFound: contents that do not fit.
+        """
+        for phase, contents in made.items():
+            self.check(contents)
+            (self._everyone[phase] + contents).check_room(self._most_clamps)
+        keys = {phase: (phase, contents.digest()) for phase, contents in made.items() if contents}
+        acquired = self._rows.acquire(list(keys.values()))
+        try:
+            for phase, key in keys.items():
+                row, new = acquired[key]
+                if new:
+                    self._contents[key] = made[phase]
+                    self._write(row, phase, made[phase])
+                    self.set_scale(row, 1.0)
+        except VectorError:
+            self.drop(tuple(keys.values()))
+            raise
+        return {phase: (key, acquired[key][0]) for phase, key in keys.items()}
+
+    def drop(self, keys: tuple[RowKey, ...]) -> None:
+        """Give one reference of each row back."""
+        self._rows.release(keys)
+        live = self._rows.live()
+        for key in keys:
+            if key not in live:
+                self._contents.pop(key, None)
+
+    def set_everyone(self, everyone: Mapping[str, Contents]) -> None:
+        """Replace what every row holds beside its own, by phase.
+
+        Raises:
+            VectorError, SiteNotFound: it does not fit, alone or together with a live row's own.
+        """
+        for contents in everyone.values():
+            self.check(contents)
+            contents.check_room(self._most_clamps)
+        for (phase, _), own in self._contents.items():
+            (everyone[phase] + own).check_room(self._most_clamps)
+        before, self._everyone = self._everyone, dict(everyone)
+        try:
+            self.write_all()
+        except VectorError:
+            self._everyone = before
+            self.write_all()
+            raise
+
+    def set_scale(self, row: int, scale: float) -> None:
+        """Factor on the vectors of a row."""
+        self._scales[row] = scale
+        if self._tables.device is not None:
+            self._tables.scale[row] = scale
+
+    def write_all(self) -> None:
+        """Write every row that is in use, and those of tokens without one."""
+        for phase, row in GLOBAL_ROWS.items():
+            self._write(row, phase, Contents())
+        for key, row in self._rows.live().items():
+            self._write(row, key[0], self._contents[key])
+            self.set_scale(row, self._scales[row])
+
+    def _write(self, row: int, phase: str, own: Contents) -> None:
+        if self._tables.device is not None:
+            (self._everyone[phase] + own).write(self._tables, row, self._most_clamps)

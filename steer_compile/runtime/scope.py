@@ -1,0 +1,58 @@
+"""`Scope`: which sites take which data, by the spec and by the graphs compiled so far."""
+
+from __future__ import annotations
+
+from steer_compile.errors import SiteNotFound
+from steer_compile.runtime.tables import TableSet
+from steer_compile.runtime.vectors import SiteKey
+from steer_compile.spec import HookSelection, SteerSpec
+
+
+class Scope:
+    """Checks sites and widths of what is given at run time.
+
+    Attributes:
+        partial: the graphs compiled so far are parts of a model (graph breaks), and further sites may follow.
+    """
+
+    def __init__(self, spec: SteerSpec, tables: TableSet) -> None:
+        self.partial = False
+        self._spec = spec
+        self._tables = tables
+
+    def check(self, family: str, site: SiteKey, numbers: int | None = None, whole: bool = False) -> None:
+        """Raise for data that a site cannot take; before a compile only the spec is asked.
+
+        Args:
+            family: op family of the data.
+            numbers: how many numbers the vector has, None for no vector.
+            whole: all parts of the model ran, so a site that is not compiled is missing.
+
+        Raises:
+            SiteNotFound: the spec does not steer the site or lacks the family there, or no graph has the site.
+            VectorError: the site has another width.
+        """
+        self._check_spec(family, site)
+        later = self.partial and not whole and not self._tables.families(site)
+        if self._tables.device is not None and not later:
+            self._tables.check(family, site, numbers)
+
+    def _check_spec(self, family: str, site: SiteKey) -> None:
+        hook, layer = site
+        chosen = next((s for s in self._spec.steer if s.hook == hook), None)
+        if chosen is None or not _may_hold(chosen, layer):
+            have = ", ".join(f"{s.hook} at {s.layers}" for s in self._spec.steer) or "nothing"
+            raise SiteNotFound(
+                f"the spec does not steer layers.{layer}.{hook}; it steers {have}; add it to the spec and compile again"
+            )
+        if family not in chosen.ops:
+            raise SiteNotFound(
+                f"the spec gives layers.{layer}.{hook} no op family {family!r}; it has {', '.join(chosen.ops)}; "
+                f"add {family!r} to its ops in the spec and compile again"
+            )
+
+
+def _may_hold(selection: HookSelection, layer: int) -> bool:
+    """Whether a layer is among the selected ones; negative ones are known only once the model is compiled."""
+    layers = selection.layers
+    return layers == "all" or layer in layers or any(isinstance(n, int) and n < 0 for n in layers)

@@ -1,0 +1,152 @@
+"""The site template against fp64: in Triton's interpreter, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from steer_compile.kernels import site
+from steer_compile.kernels.site import ARGUMENTS, OPTIONS, SiteArgs, launch, reference, reference_norm
+from steer_compile.kernels.site_launch import launch_options
+from steer_compile.kernels.steer_rows import steer_rows_fp64
+from tests.kernels.site_inputs import FAMILIES, site_args
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NORMS = ["", "rms", "rms_wide", "layer"]
+STEPS = {torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+"""Tolerance in epsilons of the dtype, of the size of a row. The interpreter truncates bf16 where a GPU rounds."""
+
+
+def wide(a: SiteArgs) -> tuple[Tensor, Tensor]:
+    """The op in fp64 behind the model's own rounded add."""
+    v = a.stream if a.branch is None else a.stream + a.branch
+    steered = steer_rows_fp64(v, a.steering(), a.clamps)
+    weights: dict[str, Any] = {n: t.double() for n, t in (("weight", a.weight), ("bias", a.bias)) if t is not None}
+    return steered, reference_norm(steered, a._replace(stream=a.stream.double(), **weights))
+
+
+def assert_close(got: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    assert got.dtype == dtype
+    assert got.shape == exact.shape
+    assert bool(got.isfinite().all())
+    if not got.numel():
+        return
+    size = exact.abs().amax(-1, keepdim=True)
+    error = ((got.double() - exact).abs() / size).max()
+    assert error <= factor * STEPS[dtype] * torch.finfo(dtype).eps, float(error)
+
+
+def check(a: SiteArgs) -> None:
+    dtype, tokens = a.stream.dtype, a.stream.size(0)
+    expected, expected_norm = wide(a)
+    out, normed = launch(a)
+    assert_close(out, expected, dtype)
+    assert_close(normed, expected_norm, dtype, 3.0)
+    if a.capture is not None:
+        v = a.stream if a.branch is None else a.stream + a.branch
+        assert_close(a.capture[0, :tokens], v.double(), dtype)
+        assert bool(a.capture[0, tokens:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("width", [64, 96, 1000])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_all_stages(dtype: torch.dtype, norm: str, width: int) -> None:
+    check(site_args(5, width, dtype, norm=norm, device=DEVICE))
+
+
+@pytest.mark.parametrize("families", [c for n in (1, 2) for c in itertools.combinations(FAMILIES, n)])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_each_stage_vanishes_alone(families: tuple[str, ...]) -> None:
+    check(site_args(4, 48, torch.float32, families, "layer", device=DEVICE))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_any_number_of_tokens(tokens: int) -> None:
+    check(site_args(tokens, 80, torch.float16, device=DEVICE))
+
+
+@pytest.mark.parametrize("table", DTYPES)
+def test_the_table_has_a_dtype_of_its_own(table: torch.dtype) -> None:
+    check(site_args(3, 72, torch.bfloat16, table=table, device=DEVICE))
+
+
+def test_strided_and_expanded_inputs() -> None:
+    a = site_args(6, 40, torch.float32, device=DEVICE)
+    expected = launch(a)
+    assert a.branch is not None
+    other = torch.stack([a.stream, torch.full_like(a.stream, float("nan"))], -1)[..., 0]
+    same = launch(a._replace(stream=other, branch=a.branch.t().contiguous().t()))
+    assert all(torch.equal(x, y) for x, y in zip(same, expected, strict=True))
+    one = a._replace(stream=a.stream[:1].expand(6, 40))
+    both = launch(one), launch(one._replace(stream=one.stream.contiguous()))
+    assert torch.equal(both[0][0], both[1][0])
+
+
+def test_a_broken_token_breaks_no_other() -> None:
+    a = site_args(6, 40, torch.float32, device=DEVICE)
+    expected = launch(a)
+    broken = a.stream.clone()
+    broken[2] = float("nan")
+    got = launch(a._replace(stream=broken))
+    for x, y in zip(got, expected, strict=True):
+        assert bool(x[2].isnan().all())
+        keep = [i for i in range(6) if i != 2]
+        assert torch.equal(x[keep], y[keep])
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # a projection of 3e38, which is not used
+def test_neutral_rows_change_nothing() -> None:
+    a = site_args(6, 40, torch.float32, ("add", "row_monitor", "clamp"), "", device=DEVICE)
+    assert a.rows is not None
+    a.stream[3, 5] = 3e38
+    out, _ = launch(a._replace(rows=torch.zeros_like(a.rows)))
+    assert torch.equal(out, a.stream)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_reference_is_the_formula(norm: str) -> None:
+    a = site_args(7, 33, torch.float32, norm=norm)
+    for got, exact in zip(reference(a), wide(a), strict=True):
+        assert_close(got, exact, torch.float32, 3.0)
+
+
+def test_one_record_is_the_source_of_the_schema() -> None:
+    schema = torch.ops.steer_compile.site.default._schema
+    assert [a.name for a in schema.arguments] == [a.name for a in ARGUMENTS] + [name for name, _ in OPTIONS]
+    assert list(SiteArgs._fields) == [a.name for a in schema.arguments]
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert written == [a.name for a in ARGUMENTS if a.written]
+    full = site_args(2, 16, torch.float32, norm="layer")
+    sizes = {"T": 2, "H": 16, "R": 5, "RK": 15}
+    for argument in ARGUMENTS:
+        tensor = getattr(full, argument.name)
+        expected = [sizes[d] if d in sizes else int(d) for d in argument.shape.split()]
+        assert list(tensor.shape)[-1:] == expected[-1:], argument
+        assert argument.name == "capture" or list(tensor.shape) == expected, argument
+
+
+@pytest.mark.parametrize("families", [FAMILIES, ("branch", "add"), ("capture",)])
+def test_opcheck(families: tuple[str, ...]) -> None:
+    a = site_args(3, 16, torch.float32, families)
+    torch.library.opcheck(torch.ops.steer_compile.site.default, tuple(a))
+
+
+def test_launch_options_hold_a_row() -> None:
+    for width in (1, 2, 64, 65, 1000, 2048, 4096, 7168, 16384):
+        options = launch_options(width)
+        assert options.block >= width
+        assert options.block & (options.block - 1) == 0
+        assert options.warps in (1, 2, 4, 8, 16)
+
+
+def test_the_stage_bits_agree() -> None:
+    bits = [site.BRANCH, site.CAPTURE, site.ADD, site.TIER, site.MONITOR, site.ROW_MONITOR, site.CLAMP]
+    assert [b.value for b in bits] == list(site._STAGES.values())

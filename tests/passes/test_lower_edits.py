@@ -1,0 +1,134 @@
+"""The choice of the lowering, and graphs with the template against graphs with plain operators, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steer_compile import LoweringError, SteerBackend, SteerSpec, steer_backend
+from steer_compile.coverage import zoo
+from steer_compile.passes import lower_edits
+
+HOOKS = ("post_attn", "post_block")
+Model = Any
+
+
+def tiny(name: str) -> Model:
+    return zoo.tiny_model(name)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op runs its reference on the CPU, so that the rewritten graphs run everywhere."""
+    monkeypatch.setattr(lower_edits, "DEVICES", ("cpu",))
+
+
+def run(model: nn.Module, spec: SteerSpec, inner: str = "eager") -> tuple[SteerBackend, dict[Any, Tensor]]:
+    """Logits and captures with a vector at every site."""
+    torch._dynamo.reset()
+    backend = steer_backend(spec, inner=inner)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    ids = torch.arange(10).view(2, 5)
+    generator = torch.Generator().manual_seed(3)
+    found: dict[Any, Tensor] = {}
+    with torch.no_grad():
+        compiled(ids, use_cache=False)
+        sites = backend.runtime.tables.steered()
+        vectors = {site: torch.randn(backend.runtime.tables.width(site) or 0, generator=generator) for site in sites}
+        with backend.runtime.steer(vectors), backend.runtime.capture() as log:
+            found["logits"] = compiled(ids, use_cache=False).logits
+    found |= {site: log[site] for site in log}
+    return backend, found
+
+
+def spec(lowering: str, **more: Any) -> SteerSpec:
+    return SteerSpec(steer=HOOKS, capture=("post_block",), max_tokens=64, lowering=lowering, **more)
+
+
+TEMPLATES = {"llama": 2, "qwen3": 2, "gemma2": 0, "gpt2": 2, "mixtral": 1, "olmo2": 0, "granite": 0}
+"""Model -> sites of a layer that the template takes when it may choose."""
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("lowering", ["auto", "template"])
+@pytest.mark.usefixtures("on_cpu")
+def test_both_lowerings_agree(name: str, lowering: str) -> None:
+    model = tiny(name)
+    _, expected = run(model, spec("compiler"))
+    backend, got = run(model, spec(lowering))
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5)
+    edits = [e for e in backend.plans[0].edits if e.lowering == "template"]
+    layers = len({e.site.layer for e in backend.plans[0].edits})
+    assert len(edits) == layers * (2 if lowering == "template" else TEMPLATES[name])
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_add_and_the_norm_leave_the_graph() -> None:
+    seen: list[str] = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(str(n.target) for n in gm.graph.nodes)
+        return gm
+
+    model = tiny("llama")
+    backend = steer_backend(SteerSpec(steer=HOOKS, lowering="auto"), inner=inner)
+    torch.compile(model, backend=backend)(torch.arange(4)[None], use_cache=False)
+    assert seen.count("steer_compile.site.default") == 2 * len(model.model.layers)
+    assert sum("rsqrt" in name for name in seen) == 1  # the first block's norm reads the embedding
+    texts = [edit.text() for edit in backend.plans[0].edits]
+    assert all("by template, fused with" in text for text in texts)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_site_at_the_norms_result_keeps_the_norm() -> None:
+    model = tiny("llama")
+    both = SteerSpec(steer=(*HOOKS, "mlp_in"), capture=("attn_in",), max_tokens=64, lowering="auto")
+    backend, got = run(model, both)
+    _, expected = run(
+        model, SteerSpec(steer=(*HOOKS, "mlp_in"), capture=("attn_in",), max_tokens=64, lowering="compiler")
+    )
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_template_is_refused_where_it_cannot_run() -> None:
+    model = tiny("llama")
+    with pytest.raises(LoweringError, match=r"^layers\.0\.post_attn cannot be lowered to the template: it is on cpu"):
+        run(model, spec("template"))
+    backend, _ = run(model, spec("auto"))
+    assert {e.lowering for e in backend.plans[0].edits} == {"compiler"}
+    assert all("it is on cpu" in e.why for e in backend.plans[0].edits)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_training_keeps_the_compiler() -> None:
+    model = tiny("llama").train().requires_grad_()
+    backend = steer_backend(spec("auto"), inner="aot_eager")
+    logits = torch.compile(model, backend=backend)(torch.arange(4)[None], use_cache=False).logits
+    logits.sum().backward()
+    assert {e.lowering for e in backend.plans[0].edits} == {"compiler"}
+
+
+@pytest.mark.parametrize("ops", [("add", "tier", "monitor"), ("add", "row_monitor"), ("clamp",), ("tier",)])
+@pytest.mark.usefixtures("on_cpu")
+def test_every_family_in_both_lowerings(ops: tuple[str, ...]) -> None:
+    from benchmarks.site_kinds import Kind, activate
+
+    model, results = tiny("llama"), []
+    for lowering in ("compiler", "template"):
+        torch._dynamo.reset()
+        kind = Kind(ops, True, lowering)
+        backend = steer_backend(kind.spec(64), inner="eager")
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        activate(backend.runtime, kind, 2, model.config.hidden_size)
+        with torch.no_grad():
+            results.append(compiled(torch.arange(10).view(2, 5), use_cache=False).logits)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        plain = model(torch.arange(10).view(2, 5), use_cache=False).logits
+    assert not torch.allclose(results[0], plain, atol=1e-3)
