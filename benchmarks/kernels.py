@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks import records, timing
 from steer_compile.kernels import site as site_module
 from steer_compile.kernels.site import SiteArgs, launch, reference, reference_norm
+from steer_compile.kernels.site_costs import TABLE
 from steer_compile.kernels.site_launch import UNBOUNDED, LaunchOptions, launch_options
 from steer_compile.kernels.steer_rows import steer_rows_fp64
 from tests.kernels.site_inputs import site_args
@@ -150,6 +151,17 @@ def cases(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Case]:
         yield Case("add", 4096, 2048, dtype)
 
 
+def cost_table(table: list[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any]:
+    """What the planner decides by (kernels/site_costs.py): the first family's rows at 2048 numbers of bf16."""
+    costs: dict[str, dict[str, list[float]]] = {}
+    for row in table:
+        green = not (row["template_red"] or row["inductor_red"])
+        if row["width"] == 2048 and row["dtype"] == "bfloat16" and green:
+            times = [row["template_us"], row["inductor_us"]]
+            costs.setdefault(row["family"], {}).setdefault(str(row["tokens"]), times)
+    return {"measured": {k: where[k] for k in ("card", "torch", "triton", "commit", "date")}, "costs": costs}
+
+
 def tune(where: dict[str, Any]) -> None:
     """Time every number of warps and programs at each width."""
     original = site_module.launch_options
@@ -193,6 +205,8 @@ def main() -> None:
             print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
             table.append({**row, **where})
             records.write_csv(table, options.out / "kernels.csv")
+    (options.out / "costs.json").write_text(json.dumps(cost_table(table, where), indent=1) + "\n")
+    print(f"wrote {options.out / 'costs.json'}: copy it to {TABLE} in kernels/ to plan by it")
 
 
 if __name__ == "__main__":

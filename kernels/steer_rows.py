@@ -80,9 +80,9 @@ def _steered(h: Tensor, args: SteerArgs, wide: torch.dtype, clamps: int) -> Tens
     gain, gate = _gates(h, args, wide)
     x = h
     if args.table is not None and args.scale is not None:
-        strength = args.scale[args.rows]
+        vector, strength = args.table[args.rows], args.scale[args.rows]
         strength = strength if gate is None else strength * gate
-        x = x + args.table[args.rows] * strength.unsqueeze(-1)  # at least fp32, as the scale is
+        x = x + vector * strength.unsqueeze(-1)  # at least fp32, as the scale is
     if args.tier is not None and gain is not None:
         x = x + args.tier[0] * gain.unsqueeze(-1)
     return x if args.clamp is None else _clamped(x.to(wide), args, wide, clamps)

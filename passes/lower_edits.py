@@ -6,12 +6,14 @@
     template   one kernel: residual add + edits + norm; the add and the norm leave the graph
 
 A site is fit for the template when the value is in a layout and dtype that the kernel takes, on a CUDA device, outside
-of autograd. ``auto`` takes it where it was measured to be no slower: where it replaces the kernel that Inductor would
-write for the add and the norm, so that nothing is launched in addition. Every choice says why in ``Edit.why``.
+of autograd. ``auto`` takes it where it replaces the kernel that Inductor would write for the add and the norm, so that
+nothing is launched in addition, and where the measured cost table (kernels/site_costs.py) says that it is faster.
+Every choice says why in ``Edit.why``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -21,6 +23,7 @@ from torch import fx
 
 from steer_compile.errors import LoweringError
 from steer_compile.ir import Edit, Fusion, Norm, Plan, Site, dtype_text
+from steer_compile.kernels.site_costs import site_costs
 from steer_compile.kernels.site_launch import MAX_WIDTH
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, is_inplace, op_name
 from steer_compile.passes.norms import match_norms
@@ -75,7 +78,11 @@ class _Choice:
         fusion, extra = self._fusion(merged, forced)
         if extra and not forced:
             return [replace(edit, why=extra) for edit in group]
-        return [replace(merged, lowering="template", fusion=fusion, why=extra or fusion.text())]
+        template, compiler = site_costs(merged.ops, _tokens(merged.site))
+        text = f"template {template:.1f} us, compiler {compiler:.1f} us by the cost table"
+        if compiler <= template and not forced:
+            return [replace(edit, why=text) for edit in group]
+        return [replace(merged, lowering="template", fusion=fusion, why=extra or text)]
 
     def _unfit(self, group: list[Edit]) -> str:
         """Why the template cannot serve these edits, or nothing."""
@@ -140,3 +147,9 @@ class _Choice:
         edited = {edit.site.node for edit in self.plan.edits}
         stored = node.op == "placeholder" or node.name in edited or node.name in self.norms
         return stored or op_name(node) in LIBRARY_CALLS
+
+
+def _tokens(site: Site) -> int | None:
+    """Tokens of a call, None where the graph serves any number."""
+    sizes = [dim for dim in site.shape if isinstance(dim, int)]
+    return math.prod(sizes) if len(sizes) == len(site.shape) else None

@@ -105,8 +105,8 @@ class _Splicer:
 
     def _capture(self, edit: Edit, value: fx.Node) -> None:
         h: Any = self._proxy(self.current.get(value, value))
-        tokens = self._proxy(self._count(edit.site, h))
-        store_rows(_in_batch_order(edit.site, h), self._slot(edit, "capture"), tokens)
+        bank = self._slot(edit, "capture")
+        store_rows(_in_batch_order(edit.site, h), bank, self._proxy(self._count(edit.site, h)))
 
     def _steer(self, edit: Edit, value: fx.Node) -> None:
         """Steer what each of the site's readers reads; readers that see different values get operations each."""

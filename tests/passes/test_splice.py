@@ -39,8 +39,7 @@ def test_everything_behind_a_steered_stream_value_reads_the_new_one() -> None:
     # CHECK-NEXT: [[FACTOR:%[0-9]+]] = unsqueeze([[SCALES]], -1)
     # CHECK-NEXT: [[TERM:%[0-9]+]] = mul([[VECTOR]], [[FACTOR]])
     # CHECK-NEXT: [[SUM:%[0-9]+]] = add([[OLD:%[0-9]+]], [[TERM]])
-    # CHECK-NEXT: [[DTYPE:%[0-9]+]] = getattr([[OLD]], 'dtype')
-    # CHECK-NEXT: [[NEW:%[0-9]+]] = to([[SUM]], [[DTYPE]])
+    # CHECK-NEXT: [[NEW:%[0-9]+]] = to([[SUM]], f32)
     # CHECK-NEXT: rms_norm([[NEW]], {{.*}}@ model.layers.1.input_layernorm
     # CHECK-NOT:  {{[( ]}}[[OLD]]{{[,)]}}
     # CHECK:      add([[NEW]], {{.*}} @ model.layers.1

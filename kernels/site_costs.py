@@ -1,0 +1,43 @@
+"""Measured cost of a site by either lowering: what ``lowering="auto"`` decides by.
+
+The table is written by ``python -m benchmarks.kernels`` and holds, by op family and number of tokens, microseconds of
+the template and of Inductor's kernels for the same add, edits and norm, at 2048 numbers of bf16 on one card. Other
+widths and cards scale both sides alike; a spec's ``lowering`` overrides the choice.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+TABLE = "tuned/nvidia-h200.json"
+
+
+@cache
+def cost_table() -> dict[str, Any]:
+    """``costs`` by family and tokens as ``[template, compiler]`` in microseconds, and where they were measured."""
+    loaded: dict[str, Any] = json.loads((files("steer_compile.kernels") / TABLE).read_text())
+    return loaded
+
+
+def family_of(ops: tuple[str, ...]) -> str:
+    """The row of the table that stands for a set of op families."""
+    reductions = [op for op in ("monitor", "row_monitor", "clamp") if op in ops]
+    if len(reductions) > 1:
+        return "all"
+    return reductions[0] if reductions else "capture" if "capture" in ops else "add"
+
+
+def site_costs(ops: tuple[str, ...], tokens: int | None) -> tuple[float, float]:
+    """Microseconds of the template and of the compiler, at the nearest number of tokens that was measured.
+
+    Args:
+        tokens: None where the graph serves any number; the largest stands for it.
+    """
+    row: dict[str, list[float]] = cost_table()["costs"][family_of(ops)]
+    counts = sorted(int(count) for count in row)
+    wanted = counts[-1] if tokens is None else min(counts, key=lambda n: abs(n.bit_length() - tokens.bit_length()))
+    template, compiler = row[str(wanted)]
+    return template, compiler
