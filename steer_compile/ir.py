@@ -259,7 +259,8 @@ class Plan:
     def text(self) -> str:
         """Golden text, debug print and compile-cache key at once."""
         banks = [f"bank {i} {bank.text()}" for i, bank in enumerate(self.banks)]
-        return "\n".join([f"tokens: {self.max_tokens}", *banks, *(edit.text() for edit in self.edits)])
+        clamps = [f"clamps: {self.clamps}"] if any("clamp" in edit.ops for edit in self.edits) else []
+        return "\n".join([f"tokens: {self.max_tokens}", *clamps, *banks, *(edit.text() for edit in self.edits)])
 
     def digest(self) -> str:
         """Hex digest of `text`."""
