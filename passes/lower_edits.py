@@ -25,7 +25,7 @@ from steer_compile.errors import LoweringError
 from steer_compile.ir import Edit, Fusion, Norm, Plan, Site, dtype_text
 from steer_compile.kernels.site_costs import site_costs
 from steer_compile.kernels.site_launch import MAX_WIDTH
-from steer_compile.passes.dataflow import Dataflow, build_dataflow, is_inplace, op_name
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, is_inplace, op_name, same_dims
 from steer_compile.passes.norms import match_norms
 
 DEVICES = ("cuda",)
@@ -136,7 +136,7 @@ class _Choice:
             return False
         shape, dtype = value.meta["example_value"].shape, value.meta["example_value"].dtype
         examples = [n.meta.get("example_value") for n in operands]
-        return all(isinstance(e, torch.Tensor) and e.shape == shape and e.dtype == dtype for e in examples)
+        return all(isinstance(e, torch.Tensor) and same_dims(e.shape, shape) and e.dtype == dtype for e in examples)
 
     def _in_memory(self, node: object) -> bool:
         """Whether a value lies in memory without the add asking for it."""
