@@ -10,7 +10,7 @@
 One program for each token, the row in registers; for long inputs a persistent grid walks over the tokens. Every stage
 is a compile-time constant: what the plan does not declare is not in the kernel. For a few tokens all loads are issued
 at once (`FEW`); for many, those of gates and clamps that are off are skipped. Rows wider than `MAX_WIDTH` are
-refused (`LoweringError` at planning).
+left to the compiler, or refused at planning where the template was asked for (`LoweringError`).
 
 The op is a `torch.library.triton_op`, so Inductor sees the kernel itself: its inputs keep their fusions, it is part of
 the CUDA graph, and nothing is copied. `ARGUMENTS` is the single source of its schema, order and shapes.
@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from steer_compile.errors import LoweringError
 from steer_compile.kernels.site_launch import FEW_TOKENS, launch_options
 from steer_compile.kernels.steer_rows import SteerArgs, steer_rows
 
@@ -107,6 +108,30 @@ class SiteArgs(NamedTuple):
     def steering(self) -> SteerArgs:
         """The part that `steer_rows` takes."""
         return SteerArgs(*(getattr(self, name) for name in SteerArgs._fields))
+
+
+def check(a: SiteArgs) -> None:
+    """Hold the arguments against `ARGUMENTS`; the kernel itself would read beyond a tensor that is too small.
+
+    Raises:
+        LoweringError: a tensor of another width, length or dtype.
+    """
+    sizes = {"H": a.stream.shape[-1]}
+    for argument in ARGUMENTS:
+        tensor: Tensor | None = getattr(a, argument.name)
+        if tensor is None:
+            continue
+        wanted = argument.shape.split()
+        fits = len(wanted) == tensor.dim()
+        for name, size in zip(wanted, tensor.shape, strict=False):
+            if name != "T":  # tokens may be symbolic, and a capture has room for more of them
+                fits &= size == (int(name) if name.isdecimal() else sizes.setdefault(name, size))
+        kind = {"stream": a.stream.dtype, "int32": torch.int32, "float32": torch.float32}.get(argument.dtype)
+        if not fits or (kind is not None and tensor.dtype != kind):
+            raise LoweringError(
+                f"{argument.name} of the site template is {tensor.dtype}{list(tensor.shape)} beside a stream "
+                f"{a.stream.dtype}{list(a.stream.shape)}; it takes {argument.dtype} ({argument.shape})"
+            )
 
 
 def reference(a: SiteArgs) -> tuple[Tensor, Tensor]:
@@ -291,6 +316,7 @@ def stages(a: SiteArgs) -> int:
 
 def _site(*args: Any) -> tuple[Tensor, Tensor]:
     a = SiteArgs(*args)
+    check(a)
     return launch(a, wrap_triton(steer_site)) if a.stream.is_cuda else reference(a)
 
 

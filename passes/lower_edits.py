@@ -126,7 +126,11 @@ class _Choice:
         """The one norm of the value, unless another edit is at its result or only some readers are steered."""
         found = self.norms.get(value.name, ())
         edited = {edit.site.node for edit in self.plan.edits}
-        return found[0] if len(found) == 1 and site.users is None and found[0].node not in edited else None
+        if len(found) != 1 or site.users is not None or found[0].node in edited:
+            return None
+        weights = [self.nodes[name] for name in (found[0].weight, found[0].bias) if name is not None]
+        early = all(self.flow.order[weight] < self.flow.order[value] for weight in weights)
+        return found[0] if early else None  # the template stands where the value is made
 
     def _is_add(self, value: fx.Node, site: Site) -> bool:
         """Whether the value is a plain sum of two values of its own shape and dtype, all of whose readers follow."""

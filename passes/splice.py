@@ -176,7 +176,8 @@ class _Splicer:
     def _steer_args(self, edit: Edit, h: Any, flat: bool = False) -> SteerArgs:
         """Data of the edit as proxies; per-token data has the leading dimensions of the value, or one if ``flat``."""
         site, kinds = edit.site, {slot.kind for slot in edit.slots}
-        found = {kind: self._slot(edit, kind) for kind in kinds - {"capture"}}
+        # In the order of the slots: the graph's text, and with it every compile cache's key, must not vary.
+        found = {slot.kind: self._slot(edit, slot.kind) for slot in edit.slots if slot.kind != "capture"}
         tokens: dict[str, str] = {}
         if kinds & {"table", "rowprobe", "clamp"}:
             tokens["rows"] = ROWS

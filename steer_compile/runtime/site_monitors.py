@@ -94,7 +94,9 @@ class SiteMonitors:
     def _fill(self) -> None:
         tokens, decode = self._call
         wanted = (tokens, self._gain, decode)
-        if wanted != self._written and any(bank.kind in TOKEN_KINDS for bank in self._tables.banks):
+        if wanted == self._written:
+            return
+        self._written = wanted
+        if any(bank.kind in TOKEN_KINDS for bank in self._tables.banks):
             self._tables.gain[:tokens].fill_(self._gain if decode else 0.0)
             self._tables.decode[:tokens].fill_(float(decode))
-            self._written = wanted

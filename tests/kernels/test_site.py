@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from steer_compile import LoweringError
 from steer_compile.kernels import site
 from steer_compile.kernels.site import ARGUMENTS, OPTIONS, SiteArgs, launch, reference, reference_norm
 from steer_compile.kernels.site_launch import launch_options
@@ -137,6 +138,21 @@ def test_one_record_is_the_source_of_the_schema() -> None:
 def test_opcheck(families: tuple[str, ...]) -> None:
     a = site_args(3, 16, torch.float32, families)
     torch.library.opcheck(torch.ops.steer_compile.site.default, tuple(a))
+
+
+@pytest.mark.parametrize("name", ["branch", "table", "tier", "probe_set", "rowprobe", "clamp_set", "weight", "capture"])
+def test_a_tensor_of_another_size_is_refused(name: str) -> None:
+    a = site_args(3, 16, torch.float32)
+    wrong: dict[str, Any] = {name: getattr(a, name)[..., :-1]}
+    with pytest.raises(LoweringError, match=f"^{name} of the site template is "):
+        torch.ops.steer_compile.site(*a._replace(**wrong))
+
+
+def test_a_tensor_of_another_dtype_is_refused() -> None:
+    a = site_args(3, 16, torch.float32)
+    assert a.rows is not None
+    with pytest.raises(LoweringError, match=r"^rows of the site template is torch.int64"):
+        torch.ops.steer_compile.site(*a._replace(rows=a.rows.long()))
 
 
 def test_launch_options_hold_a_row() -> None:
