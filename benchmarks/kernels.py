@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import records, timing
 from steer_compile.kernels import site as site_module
-from steer_compile.kernels.site import SiteArgs, launch, reference, reference_norm
+from steer_compile.kernels.site import SiteArgs, launch, norm_of, reference
 from steer_compile.kernels.site_costs import TABLE
 from steer_compile.kernels.site_launch import UNBOUNDED, LaunchOptions, launch_options
 from steer_compile.kernels.steer_rows import steer_rows_fp64
@@ -70,7 +70,7 @@ def flaw(case: Case, run: Callable[[SiteArgs], tuple[Tensor, Tensor]]) -> str:
     v = a.stream + a.branch if a.branch is not None else a.stream
     steered = steer_rows_fp64(v, a.steering(), a.clamps)
     weight = None if a.weight is None else a.weight.double()
-    normed = reference_norm(steered, a._replace(stream=a.stream.double(), weight=weight))
+    normed = norm_of(steered, a.norm, weight, None, a.eps, a.offset)
     room = 2 * torch.finfo(case.dtype).eps
     errors = [relative(got, exact) for got, exact in zip(run(a), (steered, normed), strict=True)]
     if a.capture is not None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_WIDTH = 16384
+MAX_ROW = 16384
 """Widest row that is held in registers."""
+MAX_WIDTH = 65536
+"""Widest row that the template takes."""
+CHUNK = 4096
+"""Numbers of a wider row that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,7 @@ class LaunchOptions:
     """Launch of one width.
 
     Attributes:
-        block: power of two that holds a row.
+        block: power of two that holds a row, or the chunk of a row that is wider than `MAX_ROW`.
         warps: warps of a program.
         most: most programs; with more tokens than these, each program walks over several.
     """
@@ -40,6 +44,8 @@ def launch_options(width: int, reduces: bool = False, few: bool = False) -> Laun
         reduces: whether a monitor or clamp reduces the row; fewer warps then have fewer partial sums to exchange.
         few: whether there are at most `FEW_TOKENS` tokens; more warps then have more loads under way.
     """
+    if width > MAX_ROW:
+        return LaunchOptions(CHUNK, 16 if few else 8, UNBOUNDED)
     block = 1 << max(width - 1, 15).bit_length()
     warps = min(max(block // 256, 4), 16 if few or block > 8192 else 8)
     if reduces and not few:

@@ -32,7 +32,10 @@ FORBIDDEN = {
 SHARED_BY_PASSES = ("dataflow", "residual", "spine", "blocks", "segments", "branch_ends", "layout", "norms")
 """Parts of the search for the residual stream: passes import these, and these import no pass."""
 
-BEHIND_A_DOOR = ("kernels/site.py",)
+BEHIND_A_DOOR = (
+    "kernels/site.py",
+    "kernels/site_kernels.py",
+)
 """Modules that are imported only where their extra is there: the template, which needs Triton."""
 
 LOOKS_UNDER_THE_HOOD = ("tests", "benchmarks")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def site_args(
 ) -> SiteArgs:  # fmt: skip
     """Arguments with the stages ``families`` and a norm. Row 0 is neutral, and some clamps are off."""
     draw = _Draw(tokens, width, dtype, table or dtype, device, torch.Generator().manual_seed(seed))
-    given: dict[str, Tensor] = {"stream": draw.randn(tokens, width, dtype=dtype)}
+    given: dict[str, Any] = {"stream": draw.randn(tokens, width, dtype=dtype)}
     parts = {name: getattr(draw, name) for name in FAMILIES}
     for family in families:
         given |= parts[family]()

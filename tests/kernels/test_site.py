@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from steer_compile import LoweringError
-from steer_compile.kernels import site
-from steer_compile.kernels.site import ARGUMENTS, OPTIONS, SiteArgs, launch, reference, reference_norm
+from steer_compile.kernels import site, site_kernels, site_launch
+from steer_compile.kernels.site import ARGUMENTS, OPTIONS, SiteArgs, launch, norm_of, reference
 from steer_compile.kernels.site_launch import launch_options
 from steer_compile.kernels.steer_rows import steer_rows_fp64
 from tests.kernels.site_inputs import FAMILIES, site_args
@@ -25,10 +25,19 @@ STEPS = {torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 def wide(a: SiteArgs) -> tuple[Tensor, Tensor]:
     """The op in fp64 behind the model's own rounded add."""
-    v = a.stream if a.branch is None else a.stream + a.branch
+    v = value(a)
     steered = steer_rows_fp64(v, a.steering(), a.clamps)
-    weights: dict[str, Any] = {n: t.double() for n, t in (("weight", a.weight), ("bias", a.bias)) if t is not None}
-    return steered, reference_norm(steered, a._replace(stream=a.stream.double(), **weights))
+    weight, bias = (None if t is None else t.double() for t in (a.weight, a.bias))
+    return steered, norm_of(steered, a.norm, weight, bias, a.eps, a.offset) if a.norm else steered.new_empty(0)
+
+
+def value(a: SiteArgs) -> Tensor:
+    """The pristine value: what the model's own operators make of stream and branch."""
+    if a.branch is None:
+        return a.stream
+    b = norm_of(a.branch, a.branch_norm, a.branch_weight, a.branch_bias, a.branch_eps, a.branch_offset)
+    b = b * a.branch_scale
+    return a.stream.float() + b.float() if a.exact else a.stream + b
 
 
 def assert_close(got: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -49,8 +58,7 @@ def check(a: SiteArgs) -> None:
     assert_close(out, expected, dtype)
     assert_close(normed, expected_norm, dtype, 3.0)
     if a.capture is not None:
-        v = a.stream if a.branch is None else a.stream + a.branch
-        assert_close(a.capture[0, :tokens], v.double(), dtype)
+        assert_close(a.capture[0, :tokens], value(a).double(), dtype)
         assert bool(a.capture[0, tokens:].isnan().all())
 
 
@@ -125,7 +133,7 @@ def test_one_record_is_the_source_of_the_schema() -> None:
     assert list(SiteArgs._fields) == [a.name for a in schema.arguments]
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert written == [a.name for a in ARGUMENTS if a.written]
-    full = site_args(2, 16, torch.float32, norm="layer")
+    full = with_branch_norm(site_args(2, 16, torch.float32, norm="layer"), "layer")
     sizes = {"T": 2, "H": 16, "R": 5, "RK": 15}
     for argument in ARGUMENTS:
         tensor = getattr(full, argument.name)
@@ -164,5 +172,76 @@ def test_launch_options_hold_a_row() -> None:
 
 
 def test_the_stage_bits_agree() -> None:
-    bits = [site.BRANCH, site.CAPTURE, site.ADD, site.TIER, site.MONITOR, site.ROW_MONITOR, site.CLAMP]
-    assert [b.value for b in bits] == list(site._STAGES.values())
+    kernels = site_kernels
+    bits = [kernels.BRANCH, kernels.CAPTURE, kernels.ADD, kernels.TIER, kernels.MONITOR, kernels.ROW_MONITOR]
+    assert [b.value for b in (*bits, kernels.CLAMP)] == list(site._STAGES.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["", "rms", "layer"])
+@pytest.mark.parametrize("branch_norm", NORMS)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_norm_and_multiplier_of_the_branch(dtype: torch.dtype, norm: str, branch_norm: str) -> None:
+    check(with_branch_norm(site_args(4, 96, dtype, norm=norm, device=DEVICE), branch_norm))
+
+
+def with_branch_norm(a: SiteArgs, kind: str, scale: float = 0.375) -> SiteArgs:
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = (torch.randn(a.stream.size(1), generator=generator).to(a.stream) for _ in range(2))
+    offset = 1.0 if kind == "rms_wide" else 0.0
+    given: dict[str, Any] = {"branch_norm": kind, "branch_eps": 1e-5, "branch_offset": offset, "branch_scale": scale}
+    return a._replace(**given, branch_weight=weight if kind else None, branch_bias=bias if kind == "layer" else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_exact_keeps_the_sum_unrounded(dtype: torch.dtype, norm: str) -> None:
+    a = site_args(4, 96, dtype, norm=norm, device=DEVICE)._replace(exact=True)
+    check(a)
+    for got, exact in zip(reference(a), wide(a), strict=True):
+        assert_close(got, exact, dtype, 3.0)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more than 64 numbers count as wide, so that tests of the chunked kernel are quick."""
+    monkeypatch.setattr(site_launch, "MAX_ROW", 64)
+    monkeypatch.setattr(site_launch, "CHUNK", 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("width", [96, 100])
+@pytest.mark.usefixtures("poisoned_empty", "small_chunks")
+def test_wide_rows(dtype: torch.dtype, norm: str, width: int) -> None:
+    a = site_args(3, width, dtype, norm=norm, device=DEVICE)
+    check(a)
+    check(with_branch_norm(site_args(3, width, dtype, norm=norm, device=DEVICE), norm))
+
+
+@pytest.mark.parametrize("families", [c for n in (1, 2) for c in itertools.combinations(FAMILIES, n)])
+@pytest.mark.usefixtures("poisoned_empty", "small_chunks")
+def test_each_stage_vanishes_alone_in_wide_rows(families: tuple[str, ...]) -> None:
+    check(site_args(2, 72, torch.float32, families, "layer", device=DEVICE))
+
+
+@pytest.mark.parametrize("width", [16385, 28672, 65536])
+def test_the_widest_rows(width: int) -> None:
+    check(site_args(1, width, torch.bfloat16, device=DEVICE))
+
+
+@pytest.mark.parametrize("few", [0, 1 << 30])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_the_forms_for_few_and_for_many_tokens(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "FEW_TOKENS", few)
+    for dtype in DTYPES:
+        check(site_args(5, 80, dtype, norm="rms", device=DEVICE))
+
+
+def test_a_misaligned_tensor_is_copied() -> None:
+    a = site_args(3, 24, torch.float32, device=DEVICE)
+    room = torch.empty(3 * 24 + 1, device=DEVICE)
+    room[1:] = a.stream.flatten()
+    shifted = room[1:].view(3, 24)
+    assert site.aligned(shifted).data_ptr() % 16 == 0
+    assert all(torch.equal(x, y) for x, y in zip(launch(a._replace(stream=shifted)), launch(a), strict=True))
