@@ -1,7 +1,7 @@
 """Bytes per second of the site template against a device copy and against Inductor's version of the same formula.
 
     python -m benchmarks.kernels
-    python -m benchmarks.kernels --tune     # warps and programs for each width
+    python -m benchmarks.kernels --tune     # warps and form of the kernel for each width
 
 Needs a CUDA device. An op whose result differs from fp64 is reported as red, without a number.
 """
@@ -21,23 +21,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import records, timing
+from benchmarks.families import FAMILIES
 from steer_compile.kernels import site as site_module
-from steer_compile.kernels.site import SiteArgs, launch, norm_of, reference
-from steer_compile.kernels.site_costs import TABLE
-from steer_compile.kernels.site_launch import UNBOUNDED, LaunchOptions, launch_options
+from steer_compile.kernels.site import ARGUMENTS, SiteArgs, launch, norm_of, reference
+from steer_compile.kernels.site_launch import LaunchOptions, launch_options
 from steer_compile.kernels.steer_rows import steer_rows_fp64
 from tests.kernels.site_inputs import site_args
 
-FAMILIES = {
-    "add": ("branch", "add"),
-    "monitor": ("branch", "add", "tier", "monitor"),
-    "row_monitor": ("branch", "add", "row_monitor"),
-    "clamp": ("branch", "add", "clamp"),
-    "capture": ("branch", "add", "capture"),
-    "all": ("branch", "capture", "add", "tier", "monitor", "row_monitor", "clamp"),
-}
-TOKENS = (1, 8, 64, 256, 1024, 4096, 16384, 65536)
-WIDTHS = (2048, 3072, 4096, 8192)
+TOKENS = (1024, 4096, 65536)
+WIDTHS = (3072, 4096, 8192)
+DRAWN = 4096
 BYTES_MOVED = 4 << 30
 """Bytes that the input sets of one measurement hold together, so that no set is in the cache when its turn comes."""
 
@@ -57,7 +50,17 @@ class Case:
         return tensors * self.tokens * self.width * self.dtype.itemsize
 
     def args(self, seed: int) -> SiteArgs:
-        return site_args(self.tokens, self.width, self.dtype, FAMILIES[self.family], seed=seed, device="cuda")
+        """Random arguments; beyond `DRAWN` tokens they repeat, as drawing them takes longer than measuring."""
+        drawn = min(self.tokens, DRAWN)
+        a = site_args(drawn, self.width, self.dtype, FAMILIES[self.family], seed=seed, device="cuda")
+        times, changed = self.tokens // drawn, {}
+        for name in (x.name for x in ARGUMENTS if "T" in x.shape.split() and times > 1):
+            tensor: Tensor | None = getattr(a, name)
+            if tensor is not None and name == "capture":
+                changed[name] = tensor.new_full((1, self.tokens, self.width), float("nan"))
+            elif tensor is not None:
+                changed[name] = tensor.repeat(times, *[1] * (tensor.dim() - 1))
+        return a._replace(**changed)
 
 
 def relative(out: Tensor, exact: Tensor) -> float:
@@ -147,39 +150,42 @@ def cases(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Case]:
     for width in widths:
         yield Case("add", 4096, width, torch.bfloat16)
         yield Case("all", 4096, width, torch.bfloat16)
+    for family in ("add", "clamp", "all"):
+        yield Case(family, 4096, 28672, torch.bfloat16)
     for dtype in (torch.float16, torch.float32):
         yield Case("add", 4096, 2048, dtype)
 
 
-def cost_table(table: list[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any]:
-    """What the planner decides by (kernels/site_costs.py): the first family's rows at 2048 numbers of bf16."""
-    costs: dict[str, dict[str, list[float]]] = {}
-    for row in table:
-        green = not (row["template_red"] or row["inductor_red"])
-        if row["width"] == 2048 and row["dtype"] == "bfloat16" and green:
-            times = [row["template_us"], row["inductor_us"]]
-            costs.setdefault(row["family"], {}).setdefault(str(row["tokens"]), times)
-    return {"measured": {k: where[k] for k in ("card", "torch", "triton", "commit", "date")}, "costs": costs}
+def tune() -> None:
+    """Time every number of warps at each width, in both forms of the kernel."""
+    original, few = site_module.launch_options, site_module.FEW_TOKENS
+    for width in (2048, 4096):
+        for family in FAMILIES:
+            case = Case(family, 4096, width, torch.bfloat16)
+            sets, found = input_sets(case), {}
+            for form, limit in (("many", 0), ("few", 1 << 30)):
+                site_module.FEW_TOKENS = limit
+                for warps in (2, 4, 8):
+                    options = LaunchOptions(launch_options(width).block, warps)
+                    site_module.launch_options = lambda *_, chosen=options: chosen  # type: ignore[assignment]
+                    found[f"{form}{warps}w"] = round(time_of(case, launch, sets), 2)
+            text = "  ".join(f"{k} {v}" for k, v in sorted(found.items(), key=lambda item: item[1]))
+            print(f"tune {width} {family}: copy {copy_of(case, sets):.2f}  {text}", flush=True)
+    site_module.launch_options, site_module.FEW_TOKENS = original, few
 
 
-def tune(where: dict[str, Any]) -> None:
-    """Time every number of warps and programs at each width."""
-    original = site_module.launch_options
-    for width in WIDTHS:
-        for family in ("add", "all"):
-            for tokens in (1, 64, 4096):
-                case = Case(family, tokens, width, torch.bfloat16)
-                sets, found = input_sets(case), {}
-                for warps in (2, 4, 8, 16):
-                    for most in (UNBOUNDED, 132 * 4, 132 * 16) if tokens > 1000 else (UNBOUNDED,):
-                        options = LaunchOptions(launch_options(width).block, warps, most)
-                        site_module.launch_options = lambda *_, chosen=options: chosen  # type: ignore[assignment]
-                        found[f"{warps}w{'' if most == UNBOUNDED else f'/{most}'}"] = round(
-                            time_of(case, launch, sets), 2
-                        )
-                text = "  ".join(f"{k} {v}" for k, v in sorted(found.items(), key=lambda item: item[1]))
-                print(f"tune {width} {family} {tokens}: copy {copy_of(case, sets):.2f}  {text}", flush=True)
-    site_module.launch_options = original
+def narrow_tables() -> None:
+    """An additive site whose tokens all have rows of their own, with tables of bf16 and of fp8 (scale for each row)."""
+    for tokens in (64, 256, 4096):
+        case = Case("add", tokens, 2048, torch.bfloat16)
+        found = {}
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            own = torch.randn(tokens, case.width, device="cuda").to(dtype)
+            rows = torch.randperm(tokens, device="cuda", dtype=torch.int32)
+            sets = [a._replace(table=own.clone(), rows=rows, scale=torch.ones(tokens, device="cuda"))
+                    for a in input_sets(case)]  # fmt: skip
+            found[str(dtype)] = round(time_of(case, launch, sets), 2)
+        print(f"narrow tables, {tokens} tokens: {found}", flush=True)
 
 
 def main() -> None:
@@ -195,7 +201,8 @@ def main() -> None:
     where = {**records.environment(options.commit), "copy_tb_per_s": round(timing.copy_bandwidth(), 3)}
     print(json.dumps(where), flush=True)
     if options.tune:
-        tune(where)
+        tune()
+        narrow_tables()
         return
     options.out.mkdir(parents=True, exist_ok=True)
     table = []
@@ -205,8 +212,6 @@ def main() -> None:
             print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
             table.append({**row, **where})
             records.write_csv(table, options.out / "kernels.csv")
-    (options.out / "costs.json").write_text(json.dumps(cost_table(table, where), indent=1) + "\n")
-    print(f"wrote {options.out / 'costs.json'}: copy it to {TABLE} in kernels/ to plan by it")
 
 
 if __name__ == "__main__":

@@ -110,3 +110,13 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def merge_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Put rows into a table in place of those of the same model and number of tokens."""
+    kept: list[Mapping[str, Any]] = []
+    if path.exists():
+        fresh = {(str(r["model"]), str(r["tokens"])) for r in rows}
+        with path.open(newline="") as file:
+            kept = [r for r in csv.DictReader(file) if (r["model"], r["tokens"]) not in fresh]
+    write_csv(sorted([*kept, *rows], key=lambda r: int(r["tokens"])), path)

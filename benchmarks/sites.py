@@ -15,6 +15,7 @@ import gc
 import json
 import random
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import gate, records, timing
+from benchmarks import gate, records, timing, turns
 from benchmarks.opaque import opaque_sites
 from benchmarks.site_kinds import KINDS, Kind, activate
 from benchmarks.workload import Shape, Workload, decode_step, forward_step, own_code
@@ -166,6 +167,29 @@ def show(found: list[dict[str, Any]]) -> None:
         )  # fmt: skip
 
 
+def compare(options: argparse.Namespace, tokens: int, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Build, check and measure the variants of one shape."""
+    layers = options.layers or MODELS[options.model][2]
+    mode = None if options.plain_graphs else "reduce-overhead"
+    model = build(options.model, layers)
+    variants = Variants(model, SHAPES[tokens], mode)
+    start = time.perf_counter()
+    for name in ("plain", "plain_again", *options.kinds):
+        variants.compile(name)
+    print(f"{tokens} tokens: compiled after {time.perf_counter() - start:.0f} s", flush=True)
+    variants.check(copy.deepcopy(model).float())
+    gc.collect()
+    torch.cuda.empty_cache()
+    print(f"{tokens} tokens: checked after {time.perf_counter() - start:.0f} s", flush=True)
+    with turns.turn(options.turns, options.processes, options.patience):
+        samples = measure(variants, options.rounds, options.calls)
+        found = rows(f"{options.model}x{layers}", SHAPES[tokens], mode or "none", samples, variants.red)
+        show(found)
+        suffix = "_no_graphs" if options.plain_graphs else ""
+        records.merge_csv([{**row, **where} for row in found], options.out / f"sites_{options.model}{suffix}.csv")
+    return found
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -178,35 +202,22 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--commit", default=None)
     parser.add_argument("--out", type=Path, default=records.RESULTS)
+    parser.add_argument("--turns", type=Path, default=Path(tempfile.gettempdir()) / "steer-compile-turns")
+    parser.add_argument("--processes", type=int, default=1, help="processes that build side by side (benchmarks/turns)")
+    parser.add_argument("--patience", type=float, default=400.0, help="seconds to wait for the others")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("the site benchmark needs a CUDA device")
-    where = {**records.environment(options.commit), "copy_tb_per_s": round(timing.copy_bandwidth(), 3)}
+    with turns.turn(options.turns / "copy", 1, 0):
+        where = {**records.environment(options.commit), "copy_tb_per_s": round(timing.copy_bandwidth(), 3)}
     print(json.dumps(where), flush=True)
-    layers = options.layers or MODELS[options.model][2]
-    mode = None if options.plain_graphs else "reduce-overhead"
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"sites_{options.model}{'_no_graphs' if options.plain_graphs else ''}.csv"
-    table: list[dict[str, Any]] = []
     with torch.no_grad():
-        model = build(options.model, layers)
-        wide = copy.deepcopy(model).float()
         for tokens in options.tokens:
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
-            variants = Variants(model, SHAPES[tokens], mode)
-            start = time.perf_counter()
-            for name in ("plain", "plain_again", *options.kinds):
-                variants.compile(name)
-            print(f"{tokens} tokens: compiled after {time.perf_counter() - start:.0f} s", flush=True)
-            variants.check(wide)
-            print(f"{tokens} tokens: checked after {time.perf_counter() - start:.0f} s", flush=True)
-            samples = measure(variants, options.rounds, options.calls)
-            found = rows(f"{options.model}x{layers}", SHAPES[tokens], mode or "none", samples, variants.red)
-            show(found)
-            table += [{**row, **where} for row in found]
-            records.write_csv(table, path)
+            compare(options, tokens, where)
 
 
 if __name__ == "__main__":

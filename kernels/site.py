@@ -26,13 +26,12 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from steer_compile.errors import LoweringError
-from steer_compile.kernels.site_kernels import NORMS, site_row, site_wide
-from steer_compile.kernels.site_launch import FEW_TOKENS, MAX_ROW, launch_options
+from steer_compile.kernels.site_kernels import BIAS, EXACT, FEW, NORMS, WEIGHT, site_row, site_wide
+from steer_compile.kernels.site_launch import FEW_TOKENS, MAX_CLAMPS, MAX_ROW, launch_options
 from steer_compile.kernels.steer_rows import SteerArgs, steer_rows
 
 
@@ -132,6 +131,8 @@ def check(a: SiteArgs) -> None:
         LoweringError: a tensor of another width, length or dtype.
     """
     sizes = {"H": a.stream.shape[-1]}
+    if a.clamps > MAX_CLAMPS:
+        raise LoweringError(f"a site has {a.clamps} clamps for each row; the template takes {MAX_CLAMPS} at most")
     if a.exact and sizes["H"] > MAX_ROW:
         raise LoweringError(
             f"the site template has no unrounded norm for rows of {sizes['H']} numbers; it takes {MAX_ROW} at most"
@@ -202,23 +203,25 @@ def launch(a: SiteArgs, wrap: Any = lambda kernel: kernel) -> tuple[Tensor, Tens
     few = isinstance(tokens, int) and tokens <= FEW_TOKENS
     options = launch_options(width, REDUCTIONS & stages(a) != 0, few)
     kernel = wrap(site_row if options.block >= width else site_wide)
-    kernel[(options.programs(tokens),)](
-        stream, *given, out, normed if a.norm else out, tokens, H=width, BLOCK=options.block, FEW=few,
-        num_warps=options.warps, **constants(a),
+    kernel[(tokens,)](
+        stream, *given, out, normed if a.norm else out, H=width, BLOCK=options.block,
+        num_warps=options.warps, **constants(a, few),
     )  # fmt: skip
     return out, normed
 
 
-def constants(a: SiteArgs) -> dict[str, Any]:
-    """Compile-time constants of the kernels that do not depend on the number of tokens."""
+def constants(a: SiteArgs, few: bool) -> dict[str, Any]:
+    """Compile-time constants of the kernels beside width and block; ``few``: the form for few tokens."""
+    flags = (FEW.value if few else 0) | (EXACT.value if a.exact else 0)
     return {
-        "K": a.clamps, "KP": triton.next_power_of_2(max(a.clamps, 1)), "STAGES": stages(a), "EXACT": a.exact,
-        "BRANCH_NORM": NORMS[a.branch_norm],
-        "BRANCH_HAS": (a.branch_weight is not None) + 2 * (a.branch_bias is not None),
+        "K": a.clamps, "STAGES": stages(a) | flags, "NORM": _norm_code(a.norm, a.weight, a.bias),
+        "EPS": a.eps, "OFFSET": a.offset, "BRANCH_NORM": _norm_code(a.branch_norm, a.branch_weight, a.branch_bias),
         "BRANCH_EPS": a.branch_eps, "BRANCH_OFFSET": a.branch_offset, "BRANCH_SCALE": a.branch_scale,
-        "NORM": NORMS[a.norm], "HAS": (a.weight is not None) + 2 * (a.bias is not None),
-        "EPS": a.eps, "OFFSET": a.offset,
     }  # fmt: skip
+
+
+def _norm_code(kind: str, weight: Tensor | None, bias: Tensor | None) -> int:
+    return NORMS[kind] + (WEIGHT if weight is not None else 0) + (BIAS if bias is not None else 0)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class SteerBackend:
         self._kwargs = kwargs
         self._partial = False
         self._compilers: list[Callable[..., Any]] = []
+        self._launched: list[tuple[Plan, dict[str, torch.dtype], torch.device]] = []
         self.runtime = Runtime(spec)
         self.tables: list[SiteTable] = []
         self.plans: list[Plan] = []
@@ -71,10 +72,32 @@ class SteerBackend:
         """Called by `torch._dynamo.reset`: forget compiled graphs, keep vectors and rows."""
         self.tables.clear()
         self.plans.clear()
+        self._launched.clear()
         self._partial = False
         for compiler in self._compilers:
             torch_compat.reset_inductor(compiler)
         self._compilers.clear()
+
+    def warm_up(self) -> int:
+        """Compile the Triton kernels of the graphs compiled so far, so that no call waits for one.
+
+        Each site that the template serves has a kernel for few tokens and one for many; sites with the same data share
+        them. Vectors, monitors, clamps, rows and the number of tokens need no other. The backend does this itself for
+        each graph that it hands to ``eager``, ``aot_eager`` or a callable, so there is something left to do only where
+        Triton has dropped its kernels since. Inductor compiles them together with the graph.
+
+        Returns:
+            Number of kernels that were compiled, or loaded from Triton's cache on disk; 0 if this process has them
+            all, with Inductor, and on a CPU.
+        """
+        return sum(self._warm(*launched) for launched in self._launched)
+
+    def _warm(self, plan: Plan, weights: dict[str, torch.dtype], device: torch.device) -> int:
+        if self._inner == "inductor" or device.type != "cuda" or not _has_template(plan):
+            return 0
+        from steer_compile.kernels.site_warmup import warm_up  # needs Triton
+
+        return warm_up(plan, weights, device)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         self._partial |= torch_compat.is_partial(gm)
@@ -103,12 +126,15 @@ class SteerBackend:
             return None
         plan = lower_edits(plan, gm, self._spec.lowering)
         device = _device(gm, plan, inputs)
+        weights = _norm_dtypes(gm, plan)
         names = splice(gm, plan)
         self.runtime.bind(plan, table, device)
         attach(gm, self.runtime.tables.named(names))
         torch_compat.mark_static(gm, names)
         self.tables.append(table)
         self.plans.append(plan)
+        self._launched.append((plan, weights, device))
+        self._warm(plan, weights, device)
         shape = _TokenShape(gm, plan.edits[0].site)
         return lambda inner: self._wrap(inner, shape, plan)
 
@@ -182,6 +208,20 @@ def _device(gm: fx.GraphModule, plan: Plan, inputs: Sequence[Any]) -> torch.devi
         raise SiteNotFound(f"the sites are on several devices ({names}); steer one device's layers with one backend")
     device: torch.device = devices.pop()
     return device
+
+
+def _norm_dtypes(gm: fx.GraphModule, plan: Plan) -> dict[str, torch.dtype]:
+    """Dtypes of the weights and biases of the norms that the template takes over, by the names of their nodes."""
+    if not _has_template(plan):
+        return {}
+    from steer_compile.kernels.site_warmup import weight_nodes  # needs Triton
+
+    names = weight_nodes(plan)
+    return {n.name: n.meta["example_value"].dtype for n in gm.graph.nodes if n.name in names}
+
+
+def _has_template(plan: Plan) -> bool:
+    return any(edit.lowering == "template" for edit in plan.edits)
 
 
 class _TokenShape:

@@ -23,6 +23,9 @@ _NEUTRAL = {
 KINDS = {"add": "table", "tier": "tier", "monitor": "probe", "row_monitor": "rowprobe", "clamp": "clamp"}
 """Kind of the bank that holds the vectors of each op family."""
 
+ALIGNMENT = 16
+"""Bytes: each site's part of a bank begins at a multiple of them."""
+
 _NOUNS = {"add": "vector", "tier": "tier vector", "monitor": "probe", "row_monitor": "probe", "clamp": "direction"}
 
 
@@ -50,9 +53,8 @@ class TableSet:
                 self.gain, self.decode = (torch.zeros(self.spec.max_tokens, device=device) for _ in range(2))
                 self.scale = torch.ones(RESERVED_ROWS + self.spec.rows, dtype=torch.float32, device=device)
             for bank in banks[len(self.tensors) :]:
-                shape = (len(bank.sites), bank.length, bank.width)
                 line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
-                self.tensors.append(line.expand(shape).clone())
+                self.tensors.append(_room(bank, device).copy_(line))
         self.banks = banks
 
     def named(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -156,6 +158,18 @@ class TableSet:
                 for i, key in enumerate(bank.sites):
                     found[key] = tensor[i, :tokens]
         return found
+
+
+def _room(bank: Bank, device: torch.device) -> torch.Tensor:
+    """An unwritten bank ``(sites, length, width)``: each site's part is in one piece and begins at an aligned address.
+
+    Kernels are compiled for aligned tensors; a part that began elsewhere would be copied in every call.
+    """
+    numbers = bank.length * bank.width
+    step = ALIGNMENT // bank.dtype.itemsize
+    pitch = -(-numbers // step) * step if len(bank.sites) > 1 else numbers
+    shape, strides = (len(bank.sites), bank.length, bank.width), (pitch, bank.width, 1)
+    return torch.empty_strided(shape, strides, dtype=bank.dtype, device=device)
 
 
 def _block(bank: Bank, count: int, values: Mapping[SiteKey, torch.Tensor]) -> torch.Tensor:
