@@ -185,6 +185,7 @@ def compare(options: argparse.Namespace, tokens: int, where: dict[str, Any]) -> 
         samples = measure(variants, options.rounds, options.calls)
         found = rows(f"{options.model}x{layers}", SHAPES[tokens], mode or "none", samples, variants.red)
         show(found)
+        where = {**where, "copy_tb_per_s": round(timing.copy_bandwidth(), 3)}
         suffix = "_no_graphs" if options.plain_graphs else ""
         records.merge_csv([{**row, **where} for row in found], options.out / f"sites_{options.model}{suffix}.csv")
     return found
@@ -208,8 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("the site benchmark needs a CUDA device")
-    with turns.turn(options.turns / "copy", 1, 0):
-        where = {**records.environment(options.commit), "copy_tb_per_s": round(timing.copy_bandwidth(), 3)}
+    where = records.environment(options.commit)
     print(json.dumps(where), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
