@@ -204,8 +204,8 @@ def launch(a: SiteArgs, wrap: Any = lambda kernel: kernel) -> tuple[Tensor, Tens
     options = launch_options(width, REDUCTIONS & stages(a) != 0, few)
     kernel = wrap(site_row if options.block >= width else site_wide)
     kernel[(tokens,)](
-        stream, *given, out, normed if a.norm else out, H=width, BLOCK=options.block,
-        num_warps=options.warps, **constants(a, few),
+        stream, *given, out, normed if a.norm else out, H=width, BLOCK=options.block, **constants(a, few),
+        num_warps=options.warps,
     )  # fmt: skip
     return out, normed
 

@@ -1,8 +1,8 @@
 """Measured cost of a site by either lowering: what ``lowering="auto"`` decides by.
 
-The table is written by ``python -m benchmarks.kernels`` and holds, by op family and number of tokens, microseconds of
-the template and of Inductor's kernels for the same add, edits and norm, at 2048 numbers of bf16 on one card. Other
-widths and cards scale both sides alike; a spec's ``lowering`` overrides the choice.
+The table is written by ``python -m benchmarks.costs`` and holds, by op family and number of tokens, microseconds of
+the template and of Inductor's kernels for the same add, edits and norm, at 2048 numbers of bf16 on one card, and at
+28,672 for wide rows. Other widths and cards scale both sides alike; a spec's ``lowering`` overrides the choice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 from functools import cache
 from importlib.resources import files
 from typing import Any
+
+from steer_compile.kernels.site_launch import MAX_ROW
 
 TABLE = "tuned/nvidia-h200.json"
 
@@ -30,13 +32,15 @@ def family_of(ops: tuple[str, ...]) -> str:
     return reductions[0] if reductions else "capture" if "capture" in ops else "add"
 
 
-def site_costs(ops: tuple[str, ...], tokens: int | None) -> tuple[float, float]:
+def site_costs(ops: tuple[str, ...], tokens: int | None, width: int) -> tuple[float, float]:
     """Microseconds of the template and of the compiler, at the nearest number of tokens that was measured.
 
     Args:
         tokens: None where the graph serves any number; the largest stands for it.
+        width: rows that are wider than `MAX_ROW` have rows of their own in the table, as another kernel serves them.
     """
-    row: dict[str, list[float]] = cost_table()["costs"][family_of(ops)]
+    table: dict[str, dict[str, list[float]]] = cost_table()["wide" if width > MAX_ROW else "costs"]
+    row = table.get(family_of(ops), table["all"])
     counts = sorted(int(count) for count in row)
     wanted = counts[-1] if tokens is None else min(counts, key=lambda n: abs(n.bit_length() - tokens.bit_length()))
     template, compiler = row[str(wanted)]

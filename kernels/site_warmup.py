@@ -72,6 +72,8 @@ def site_args(edit: Edit, plan: Plan, weights: Mapping[str, torch.dtype], tokens
         elif name not in needed and name != "stream" and not (name == "branch" and fusion.branch is not None):
             continue
         shape = [int(part) if part.isdecimal() else sizes[part] for part in argument.shape.split()]
+        if name in banks:
+            shape[-1] = banks[name].width  # as planned: `check` then holds it against the stream
         given[name] = torch.empty(shape, dtype=dtype, device="meta")
     clamps = plan.clamps if "clamp" in edit.ops else 0
     return SiteArgs(**given, clamps=clamps, **norm_options(fusion))
@@ -79,12 +81,14 @@ def site_args(edit: Edit, plan: Plan, weights: Mapping[str, torch.dtype], tokens
 
 def norms_of(fusion: Fusion) -> dict[str, Norm]:
     """The norms that the template takes over, by the prefix of their arguments."""
-    return {} if fusion.norm is None else {"": fusion.norm}
+    both = {"": fusion.norm, "branch_": fusion.branch_norm}
+    return {prefix: norm for prefix, norm in both.items() if norm is not None}
 
 
 def norm_options(fusion: Fusion) -> dict[str, Any]:
     """Constants of the norms that the template takes over, in the types in which the op passes them on."""
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"branch_scale": float(fusion.branch_scale)}
+    given["exact"] = fusion.branch is not None and fusion.norm is not None and fusion.norm.exact
     for prefix, norm in norms_of(fusion).items():
         values = {"norm": norm.kind, "eps": float(norm.eps), "offset": float(norm.offset)}
         given |= {prefix + name: value for name, value in values.items()}
@@ -106,7 +110,7 @@ def weight_nodes(plan: Plan) -> frozenset[str]:
 
 
 def warm_up(plan: Plan, weights: Mapping[str, torch.dtype], device: torch.device) -> int:
-    """Launch each variant of the plan once, on zeros, and wait.
+    """Launch each variant of the plan once in each way, on zeros, and wait.
 
     Args:
         weights: dtype of each weight and bias that the plan's norms name.
@@ -119,8 +123,23 @@ def warm_up(plan: Plan, weights: Mapping[str, torch.dtype], device: torch.device
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         for a in variants(plan, weights):
             launch(zeros(a, device))
+            launch(zeros(a, device), _AsTraced)
         torch.cuda.synchronize(device)
     return _compiled() - before
+
+
+class _AsTraced:
+    """A kernel as torch launches it in a traced graph (``aot_eager``): with options named that are defaults.
+
+    Triton's key has the options as they are given, in their order. The second kernel is the first, read back from the
+    cache on disk.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *given, **named: self._kernel[grid](*given, **named, num_ctas=1, num_stages=3)
 
 
 def zeros(a: SiteArgs, device: torch.device) -> SiteArgs:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,7 +21,19 @@ from torch.nn import functional
 from steer_compile.ir import Norm
 from steer_compile.passes.dataflow import dtype_of, is_state, shape_of
 
+
+def norm_of_sum(x: Any, weight: Any, epsilon: float, dtype: torch.dtype, rounded: torch.dtype | None) -> Any:
+    """RMSNorm of a sum before its rounding: one half of vLLM's fused add and norm (`passes.fused_norms`).
+
+    ``x`` names the rounded sum in an opened graph; ``dtype`` is the result's, ``rounded`` the weight's.
+    """
+    x = x.to(torch.float32)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (x if weight is None else x.to(rounded) * weight).to(dtype)
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_VLLM = "vllm_ir.rms_norm.default"
 _OPS: dict[object, str] = {
     **dict.fromkeys((torch.pow, operator.pow, "pow"), "pow"),
     **dict.fromkeys((torch.square, "square"), "square"),
@@ -66,6 +79,7 @@ class _Match:
     rounded: bool = False
     weight: _Param | None = None
     bias: _Param | None = None
+    exact: bool = False
 
     def extended(self, node: fx.Node, rounded: bool) -> _Match:
         """The match with one more node at its end."""
@@ -78,7 +92,7 @@ def match_norms(graph: fx.Graph) -> dict[str, tuple[Norm, ...]]:
     data = _data_nodes(graph)
     found: dict[str, tuple[Norm, ...]] = {}
     for node in graph.nodes:
-        core = _called(node) or _written_out(node)
+        core = _called(node) or _of_vllm(node) or _written_out(node)
         match = _finish(core, data) if core is not None else None
         norm = _as_norm(match, order) if match is not None else None
         if norm is not None:
@@ -267,6 +281,30 @@ def _called(node: fx.Node) -> _Match | None:
     return _Match(name, value or source, node, inner, eps, value is None, weight, bias)
 
 
+def _of_vllm(node: fx.Node) -> _Match | None:
+    """The core that vLLM's operator computes: it normalises in fp32 and rounds to the weight's dtype in front of it."""
+    if str(node.target) != _VLLM and node.target is not norm_of_sum:
+        return None
+    names = ("x", "weight", "epsilon", "variance_size")[: 3 if node.target is norm_of_sum else 4]
+    given: dict[str, object] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    source, weight, eps = given.get("x"), given.get("weight"), _number(given.get("epsilon"))
+    if not isinstance(source, fx.Node) or given.get("variance_size") is not None or eps is None:
+        return None
+    dtype, exact = dtype_of(source), node.target is norm_of_sum and dtype_of(source) != torch.float32
+    if not _is_normal(source) or dtype_of(node) != dtype:
+        return None
+    if weight is None:
+        return _Match("rms", source, node, frozenset(), eps, True, exact=exact)
+    if not isinstance(weight, fx.Node) or shape_of(weight) != (_width(source),):
+        return None
+    wide = dtype_of(weight) == torch.float32
+    if not wide and dtype_of(weight) != dtype:
+        return None
+    # A weight that is computed in another way is read as it is.
+    param = (_param(weight, _width(source)) if wide else None) or _Param(weight, 0.0, ())
+    return _Match("rms_wide" if wide else "rms", source, node, frozenset(), eps, True, param, exact=exact)
+
+
 def _call_eps(kind: str, eps: object, source: fx.Node) -> float | None:
     # For narrow dtypes torch's documentation and its kernels differ in which epsilon None means.
     if kind == "rms_norm" and eps is None and dtype_of(source) == torch.float32:
@@ -358,4 +396,5 @@ def _as_norm(match: _Match, order: dict[fx.Node, int]) -> Norm | None:
         bias=match.bias.node.name if match.bias else None,
         eps=match.eps,
         offset=match.weight.offset if match.weight else 0.0,
+        exact=match.exact,
     )

@@ -23,7 +23,7 @@ from steer_compile.passes.dataflow import Dataflow, dtype_of, op_name, same_dims
 
 MIX_OPS = frozenset("matmul einsum bmm".split())
 """Operators that mix the parallel streams of a hyper-connection."""
-NORM_OPS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm normalize".split())
+NORM_OPS = frozenset("layer_norm rms_norm norm_of_sum native_layer_norm group_norm batch_norm normalize".split())
 _LAYOUT_OPS = frozenset("transpose permute swapaxes swapdims movedim mT T t".split())
 _SAME_OPS = frozenset(
     "view reshape contiguous clone to type_as float half bfloat16 double dropout alpha_dropout unsqueeze squeeze "

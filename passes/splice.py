@@ -24,10 +24,11 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from steer_compile.errors import LoweringError
-from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Edit, Fusion, Norm, Plan, Site, bank_name
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Edit, Fusion, Plan, Site, bank_name
 from steer_compile.kernels.steer_rows import SteerArgs, steer_rows
 from steer_compile.kernels.store_rows import store_rows
-from steer_compile.passes.dataflow import Dataflow, build_dataflow
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
+from steer_compile.passes.norms import norm_of_sum
 
 
 def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
@@ -48,6 +49,7 @@ def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
     splicer = _Splicer(plan, graph, flow, by_name, next(n for n in graph.nodes if n.op != "placeholder"))
     for edit in sorted(plan.edits, key=lambda e: flow.order[by_name[e.site.node]]):
         splicer.apply(edit)
+    splicer.finish()
     return tuple(splicer.buffers)
 
 
@@ -82,6 +84,8 @@ class _Splicer:
     views: dict[tuple[str, str], fx.Node] = field(default_factory=dict)
     counts: dict[str, fx.Node] = field(default_factory=dict)
     following: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    sums: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Unrounded form of sums, and of steered sums, by the node that holds the rounded one."""
 
     tracer: GraphAppendingTracer = field(init=False)
     """One for all proxies: an operator takes proxies of one tracer only."""
@@ -103,6 +107,13 @@ class _Splicer:
             else:
                 self._steer(edit, value)
 
+    def finish(self) -> None:
+        """Make norms of steered sums read the unrounded ones."""
+        for rounded, unrounded in self.sums.items():
+            for reader in list(rounded.users):
+                if reader.target is norm_of_sum:
+                    reader.replace_input_with(rounded, unrounded)
+
     def _capture(self, edit: Edit, value: fx.Node) -> None:
         h: Any = self._proxy(self.current.get(value, value))
         bank = self._slot(edit, "capture")
@@ -112,11 +123,26 @@ class _Splicer:
         """Steer what each of the site's readers reads; readers that see different values get operations each."""
         for source, group in self._sources(edit.site, value).items():
             h: Any = self._proxy(source)
-            streams = edit.site.layout == "streams"
-            clamps = self._clamps(edit)
-            args = self._steer_args(edit, h)
-            steered: Any = steer_rows(h.flatten(-2) if streams else h, args, edit.site.dtype, clamps)
-            self._redirect(edit.site, value, source, group, steered.view_as(h).node if streams else steered.node)
+            args, clamps, total = self._steer_args(edit, h), self._clamps(edit), self._unrounded(source, group)
+            steered: Any
+            if total is not None:  # rounded once, behind the edit; the norm reads what is rounded there
+                unrounded: Any = steer_rows(self._proxy(total), args, torch.float32, clamps)
+                steered = unrounded.to(edit.site.dtype)
+                self.sums[steered.node] = unrounded.node
+            elif edit.site.layout == "streams":
+                steered = steer_rows(h.flatten(-2), args, edit.site.dtype, clamps).view_as(h)
+            else:
+                steered = steer_rows(h, args, edit.site.dtype, clamps)
+            self._redirect(edit.site, value, source, group, steered.node)
+
+    def _unrounded(self, source: fx.Node, group: list[fx.Node]) -> fx.Node | None:
+        """The sum behind a rounded value whose norm reads it unrounded, None where no reader of the group does."""
+        if not any(n.target is norm_of_sum and n.args[3] != torch.float32 for n in group):
+            return None
+        if source not in self.sums:
+            left, right = (self._proxy(n).to(torch.float32) for n in source.args if isinstance(n, fx.Node))
+            self.sums[source] = (left + right).node
+        return self.sums[source]
 
     def _sources(self, site: Site, value: fx.Node) -> dict[fx.Node, list[fx.Node]]:
         """What the site's readers read now, and who reads it."""
@@ -138,13 +164,14 @@ class _Splicer:
         """One kernel for the edit, the add that makes the value, and the norm that reads it."""
         from steer_compile.kernels.site import SiteArgs  # needs Triton, which no other lowering does
 
+        _check(edit, self.plan, self.by_name)
         add, norm = edit.fusion.branch is not None, edit.fusion.norm
-        # The add's operands are read off the node: an edit at one of them has redirected it by now.
-        stream: Any = self._proxy(value.args[0] if add else value)  # type: ignore[arg-type]
-        rows = [self._proxy(n).reshape(-1, edit.site.width) for n in (value.args[:2] if add else (value,))]  # type: ignore[arg-type]
+        operands = _operands(edit.fusion, value, self.by_name)
+        stream: Any = self._proxy(operands[0])
+        rows = [self._proxy(n).reshape(-1, edit.site.width) for n in operands]
         steering = self._steer_args(edit, stream, flat=True) if edit.ops != ("capture",) else SteerArgs()
         capture = self._buffer(bank_name(edit.slot("capture").bank)) if "capture" in edit.ops else None
-        given: dict[str, Any] = {"capture": capture, **steering._asdict(), **self._norm_args(norm)}
+        given: dict[str, Any] = {"capture": capture, **steering._asdict(), **self._norm_args(edit.fusion)}
         given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": self._clamps(edit)}
         args = tuple(a.node if isinstance(a, fx.Proxy) else a for a in SiteArgs(**given))
         made = self._proxy(self.graph.call_function(torch.ops.steer_compile.site.default, args))
@@ -158,18 +185,22 @@ class _Splicer:
             normed.replace_all_uses_with(made[1].view_as(stream).node)
         self._erase(edit.fusion, value)
 
-    def _norm_args(self, norm: Norm | None) -> dict[str, Any]:
-        if norm is None:
-            return {}
-        names = {"weight": norm.weight, "bias": norm.bias}
-        weights = {key: self._proxy(self.by_name[name]) for key, name in names.items() if name is not None}
-        return {"norm": norm.kind, "eps": norm.eps, "offset": norm.offset, **weights}
+    def _norm_args(self, fusion: Fusion) -> dict[str, Any]:
+        from steer_compile.kernels.site_warmup import norm_options, norms_of
+
+        given = norm_options(fusion)
+        for prefix, norm in norms_of(fusion).items():
+            names = {"weight": norm.weight, "bias": norm.bias}
+            given |= {prefix + key: self._proxy(self.by_name[n]) for key, n in names.items() if n is not None}
+        return given
 
     def _erase(self, fusion: Fusion, value: fx.Node) -> None:
         """Drop what the template took over, results before what they are computed from."""
-        taken = [self.by_name[n] for n in (fusion.norm.node, *fusion.norm.inner)] if fusion.norm else []
+        norms = [norm for norm in (fusion.norm, fusion.branch_norm) if norm is not None]
+        taken = [self.by_name[n] for norm in norms for n in (norm.node, *norm.inner)]
         taken += [value] if fusion.branch is not None else []
-        for node in sorted(taken, key=lambda n: self.flow.order[n], reverse=True):
+        taken += [self.by_name[fusion.operand]] if fusion.branch_scale != 1 and fusion.operand else []
+        for node in sorted(set(taken), key=lambda n: self.flow.order[n], reverse=True):
             if not node.users and node is not self.first:  # buffers are read in front of the first node
                 self.graph.erase_node(node)
 
@@ -228,6 +259,31 @@ class _Splicer:
                 data = data.view(h.size(1), h.size(0)).transpose(0, 1)
             self.views[key] = data.node
         return self.views[key]
+
+
+def _check(edit: Edit, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:
+    """Hold what the kernel will be given against its record, before anything is made.
+
+    Raises:
+        LoweringError: names the site and the tensor.
+    """
+    from steer_compile.kernels.site import check
+    from steer_compile.kernels.site_warmup import site_args, weight_nodes
+
+    weights = {name: dtype_of(by_name[name]) for name in weight_nodes(plan)}
+    known = {name: dtype for name, dtype in weights.items() if dtype is not None}
+    try:
+        check(site_args(edit, plan, known, 1))
+    except LoweringError as error:
+        raise LoweringError(f"{edit.site.name}: {error}") from error
+
+
+def _operands(fusion: Fusion, value: fx.Node, by_name: Mapping[str, fx.Node]) -> tuple[fx.Node, ...]:
+    """Stream and branch, or the value itself. An edit at one of them has redirected the add by now."""
+    given = tuple(n for n in value.args[:2] if isinstance(n, fx.Node)) if fusion.branch is not None else (value,)
+    if fusion.operand is None or fusion.operand == fusion.branch:
+        return given
+    return (*(n for n in given if n.name != fusion.operand), by_name[fusion.branch or ""])
 
 
 def _in_batch_order(site: Site, h: Any) -> Any:

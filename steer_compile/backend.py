@@ -13,6 +13,7 @@ from steer_compile import torch_compat
 from steer_compile.errors import SiteNotFound, SpecError, SteerError
 from steer_compile.ir import Dim, Plan, Site, SiteTable
 from steer_compile.passes.find_sites import find_sites
+from steer_compile.passes.fused_norms import opened_sums
 from steer_compile.passes.lower_edits import lower_edits
 from steer_compile.passes.plan_edits import plan_edits
 from steer_compile.passes.splice import attach, splice
@@ -103,8 +104,9 @@ class SteerBackend:
         self._partial |= torch_compat.is_partial(gm)
         partial = self._partial
         try:
-            table = find_sites(gm, partial)
-            run = self._instrument(gm, table, example_inputs)
+            with opened_sums(gm):
+                table = find_sites(gm, partial)
+                run = self._instrument(gm, table, example_inputs)
         except SteerError as error:
             return _refusal(error)
         inner = self._compiler(kwargs)(gm, example_inputs)

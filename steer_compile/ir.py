@@ -179,6 +179,7 @@ class Norm:
         weight, bias: names of the nodes (H,) or None.
         eps: added to the mean square or variance.
         offset: added to the weight (1.0 in Gemma).
+        exact: the value is a sum, and what is normalised is the sum before its rounding.
     """
 
     kind: str
@@ -189,9 +190,13 @@ class Norm:
     bias: str | None
     eps: float
     offset: float = 0.0
+    exact: bool = False
 
     def text(self) -> str:
-        return f"{self.kind} {self.node}"
+        params = [name for name, node in (("weight", self.weight), ("bias", self.bias)) if node is not None]
+        offset = [f"{self.offset!r} + weight"] if self.offset else []
+        parts = [f"eps {self.eps!r}", *offset, *params[bool(offset) :], *(["before rounding"] if self.exact else [])]
+        return f"{self.kind} {self.node} ({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -199,16 +204,24 @@ class Fusion:
     """What a template takes over beside the edits: the add that makes the value, and the norm that reads it.
 
     Attributes:
-        residual, branch: names of the add's operands, both None where the value is read as it is.
+        residual, branch: names of what is added, both None where the value is read as it is.
         norm: the norm whose result the template writes as well.
+        branch_norm: the norm of the branch alone (post-norm), whose value is ``branch``.
+        branch_scale: multiplier of the branch, behind its norm.
+        operand: name of the add's operand that norm and multiplier end in; ``branch`` where there are none.
     """
 
     residual: str | None = None
     branch: str | None = None
     norm: Norm | None = None
+    branch_norm: Norm | None = None
+    branch_scale: float = 1.0
+    operand: str | None = None
 
     def text(self) -> str:
-        add = f"{self.residual} + {self.branch}" if self.branch else ""
+        branch = f"{self.branch_norm.text()} of {self.branch}" if self.branch_norm else f"{self.branch}"
+        branch = branch if self.branch_scale == 1 else f"{self.branch_scale!r} * {branch}"
+        add = f"{self.residual} + {branch}" if self.branch else ""
         parts = [part for part in (add, self.norm.text() if self.norm else "") if part]
         return f"fused with {' and '.join(parts)}" if parts else "unfused"
 

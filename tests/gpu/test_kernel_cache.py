@@ -199,7 +199,7 @@ def test_inductor_compiles_the_kernels_with_the_graph() -> None:
 
 
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_tree.ROOT)}
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), *sys.path])}
     command = [sys.executable, "-m", "tests.gpu.warm_process"]
     runs = []
     for _ in range(2):

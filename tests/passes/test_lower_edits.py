@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from steer_compile import LoweringError, SteerBackend, SteerSpec, steer_backend
 from steer_compile.coverage import zoo
-from steer_compile.passes import lower_edits
+from steer_compile.ir import Edit, Plan
+from steer_compile.kernels.site_costs import site_costs
+from steer_compile.passes import lower_edits, plan_edits
 
 HOOKS = ("post_attn", "post_block")
 Model = Any
@@ -48,7 +51,7 @@ def spec(lowering: str, **more: Any) -> SteerSpec:
     return SteerSpec(steer=HOOKS, capture=("post_block",), max_tokens=128, lowering=lowering, **more)
 
 
-TEMPLATES = {"llama": 2, "qwen3": 2, "gemma2": 0, "gpt2": 2, "mixtral": 1, "olmo2": 0, "granite": 0}
+TEMPLATES = {"llama": 2, "qwen3": 2, "gemma2": 2, "gpt2": 2, "mixtral": 1, "olmo2": 2, "granite": 2}
 """Model -> sites of a layer that the template takes when it may choose."""
 
 
@@ -108,9 +111,13 @@ def test_the_template_is_refused_where_it_cannot_run() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_the_cost_table_decides() -> None:
+def test_the_cost_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def costs(ops: tuple[str, ...], tokens: int | None, width: int) -> tuple[float, float]:
+        return (2.0, 1.0) if tokens == 1 else (1.0, 2.0)
+
+    monkeypatch.setattr(lower_edits, "site_costs", costs)
     model = tiny("llama")
-    for ids, lowering in ((torch.ones(1, 1, dtype=torch.long), "compiler"), (torch.ones(4, 16).long(), "template")):
+    for ids, lowering in ((torch.ones(8, 128).long(), "compiler"), (torch.ones(4, 16).long(), "template")):
         torch._dynamo.reset()
         backend = steer_backend(SteerSpec(steer=HOOKS), inner="eager")
         with torch.no_grad():
@@ -147,3 +154,67 @@ def test_every_family_in_both_lowerings(ops: tuple[str, ...]) -> None:
     with torch.no_grad():
         plain = model(torch.arange(10).view(2, 5), use_cache=False).logits
     assert not torch.allclose(results[0], plain, atol=1e-3)
+
+
+def edits_of(name: str, **options: Any) -> list[Edit]:
+    """Edits of a tiny model in the eager inner compiler, vectors at both stream hooks."""
+    torch._dynamo.reset()
+    backend = steer_backend(SteerSpec(**{"steer": HOOKS, "max_tokens": 128, **options}), inner="eager")
+    with torch.no_grad():
+        torch.compile(tiny(name), backend=backend)(torch.arange(64).view(2, 32) % 50, use_cache=False)
+    return list(backend.plans[0].edits)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm_behind", "branch"),
+    [("gemma2", True, "rms_wide"), ("olmo2", False, "rms_wide"), ("granite", True, None), ("llama", True, None)],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_norm_and_multiplier_of_the_branch_are_taken_over(name: str, norm_behind: bool, branch: str | None) -> None:
+    edits = edits_of(name)
+    for edit in edits[:-1]:  # the model's last norm is behind the last
+        fusion = edit.fusion
+        assert (fusion.branch_norm.kind if fusion.branch_norm else None) == branch
+        assert (fusion.norm is not None) == norm_behind
+        assert (fusion.branch_scale != 1) == (name == "granite")
+    text = edits[1].text()
+    assert (" of " in text) == (branch is not None)
+    assert (" * " in text) == (name == "granite")
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_branch_that_is_steered_keeps_its_norm() -> None:
+    for edit in edits_of("gemma2", steer=(*HOOKS, "attn_out")):
+        if edit.site.hook == "post_attn":
+            assert edit.fusion.branch_norm is None
+        if edit.site.hook == "post_block":
+            assert edit.fusion.branch_norm is not None
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_reductions_take_an_unfused_template_where_nothing_matches() -> None:
+    plain = [e for e in edits_of("mixtral") if e.lowering == "compiler"]
+    clamped = edits_of("mixtral", ops=("add", "clamp"))
+    assert plain
+    assert {e.lowering for e in clamped} == {"template"}
+    unfused = [e for e in clamped if e.site.name in {p.site.name for p in plain}]
+    assert all(e.why.startswith("unfused: ") for e in (*plain, *unfused))
+    assert all("by template, " in e.text() and e.fusion.branch is None for e in unfused)
+
+
+def test_rows_that_are_wider_than_registers_have_costs_of_their_own() -> None:
+    assert site_costs(("add",), 4096, 28672) != site_costs(("add",), 4096, 2048)
+    assert site_costs(("monitor",), None, 28672)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_what_does_not_fit_the_kernel_is_refused_with_the_sites_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan_edits.plan_edits
+
+    def broken(*given: Any) -> Plan:
+        plan = planned(*given)
+        return replace(plan, banks=tuple(replace(bank, width=bank.width - 1) for bank in plan.banks))
+
+    monkeypatch.setattr("steer_compile.backend.plan_edits", broken)
+    with pytest.raises(LoweringError, match=r"^layers\.0\.post_attn: table of the site template is "):
+        edits_of("llama")
