@@ -26,7 +26,7 @@ from steer_compile import torch_compat
 from steer_compile.errors import LoweringError
 from steer_compile.ir import Edit, Fusion, Norm, Plan, Site, dtype_text
 from steer_compile.kernels.site_costs import site_costs
-from steer_compile.kernels.site_launch import MAX_ROW, MAX_WIDTH
+from steer_compile.kernels.site_launch import MAX_CLAMPS, MAX_ROW, MAX_WIDTH
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, is_inplace, op_name, same_dims
 from steer_compile.passes.norms import match_norms, norm_of_sum
 
@@ -105,6 +105,8 @@ class _Choice:
             not in DEVICES,
             f"its dtype is {dtype_text(site.dtype)}": site.dtype not in DTYPES or not tables <= set(DTYPES),
             f"its rows of {site.width} numbers are wider than {MAX_WIDTH}": site.width > MAX_WIDTH,
+            f"it has {self.plan.clamps} clamps for each row, more than {MAX_CLAMPS}": self.plan.clamps > MAX_CLAMPS
+            and any("clamp" in e.ops for e in group),
             "its tokens are time first": site.layout == "time_first",
             "several hooks are at this value": len({e.site.hook for e in group}) > 1 or len(group) > 2,
             "it is written in place": site.node in {n.name for n in self.flow.hazards},

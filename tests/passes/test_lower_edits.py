@@ -117,7 +117,7 @@ def test_the_cost_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lower_edits, "site_costs", costs)
     model = tiny("llama")
-    for ids, lowering in ((torch.ones(8, 128).long(), "compiler"), (torch.ones(4, 16).long(), "template")):
+    for ids, lowering in ((torch.ones(1, 1, dtype=torch.long), "compiler"), (torch.ones(4, 16).long(), "template")):
         torch._dynamo.reset()
         backend = steer_backend(SteerSpec(steer=HOOKS), inner="eager")
         with torch.no_grad():
@@ -218,3 +218,12 @@ def test_what_does_not_fit_the_kernel_is_refused_with_the_sites_name(monkeypatch
     monkeypatch.setattr("steer_compile.backend.plan_edits", broken)
     with pytest.raises(LoweringError, match=r"^layers\.0\.post_attn: table of the site template is "):
         edits_of("llama")
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_more_clamps_than_the_kernel_takes_stay_with_the_compiler() -> None:
+    edits = edits_of("llama", ops=("add", "clamp"), clamps=17)
+    assert {e.lowering for e in edits} == {"compiler"}
+    assert all("it has 17 clamps for each row, more than 16" in e.why for e in edits)
+    with pytest.raises(LoweringError, match=r"cannot be lowered to the template: it has 17 clamps"):
+        edits_of("llama", ops=("clamp",), clamps=17, lowering="template")
