@@ -23,23 +23,24 @@ ONCE, SHARED = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 
 
 @triton.jit
+def _read(pointer, cols, H: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr):
+    if H % BLOCK == 0:
+        row = tl.load(pointer + cols, eviction_policy=POLICY)
+    else:
+        row = tl.load(pointer + cols, mask=cols < H, other=0.0, eviction_policy=POLICY)
+    return row.to(tl.float32)
+
+
+@triton.jit
 def _once(pointer, cols, H: tl.constexpr, BLOCK: tl.constexpr):
     """A row that only this token reads."""
-    if H % BLOCK == 0:
-        row = tl.load(pointer + cols, eviction_policy=ONCE)
-    else:
-        row = tl.load(pointer + cols, mask=cols < H, other=0.0, eviction_policy=ONCE)
-    return row.to(tl.float32)
+    return _read(pointer, cols, H, BLOCK, ONCE)
 
 
 @triton.jit
 def _shared(pointer, cols, H: tl.constexpr, BLOCK: tl.constexpr):
     """A row that other tokens or later steps read as well."""
-    if H % BLOCK == 0:
-        row = tl.load(pointer + cols, eviction_policy=SHARED)
-    else:
-        row = tl.load(pointer + cols, mask=cols < H, other=0.0, eviction_policy=SHARED)
-    return row.to(tl.float32)
+    return _read(pointer, cols, H, BLOCK, SHARED)
 
 
 @triton.jit
@@ -52,7 +53,6 @@ def _write(pointer, cols, row, H: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _number(pointer):
-    """A setting: small, and read by every token."""
     return tl.load(pointer, eviction_policy=SHARED)
 
 
