@@ -25,7 +25,7 @@ from steer_compile.kernels.site_launch import FEW_TOKENS
 from steer_compile.kernels.site_warmup import variants, zeros
 from steer_compile.passes import lower_edits
 from steer_compile.runtime.tables import ALIGNMENT
-from tests import _tree
+from tests import _models, _tree
 from tests.kernels.site_inputs import FAMILIES
 from tests.kernels.site_plans import DTYPE_NAMES, ROWS, SITES, Setup, run_args, run_time_calls, tables_of
 from tests.kernels.triton_keys import Call, key, keys, recorded
@@ -244,3 +244,14 @@ def test_the_kernels_compile_for_a_gpu_and_only_once(tmp_path: Path) -> None:
     again = in_a_process(tmp_path)
     assert all(v["cached"] for v in again)
     assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_the_launches_of_traced_graphs_are_warmed_up() -> None:
+    """``aot_eager`` launches through torch's own call, which names options that are defaults."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.traced_launches", "eager", "aot_eager"]
+    run = subprocess.run(command, env=env, cwd=_tree.ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    for inner, (launches, unknown) in found.items():
+        assert (launches, unknown) == (2 * _models.LAYERS, 0), inner
