@@ -37,10 +37,12 @@ def site_costs(ops: tuple[str, ...], tokens: int | None, width: int) -> tuple[fl
 
     Args:
         tokens: None where the graph serves any number; the largest stands for it.
-        width: rows that are wider than `MAX_ROW` have rows of their own in the table, as another kernel serves them.
+        width: rows that are wider than `MAX_ROW` have a table of their own, as another kernel serves them. A family
+            that it lacks is taken for all of them together if it reduces the row, and else for vectors alone.
     """
     table: dict[str, dict[str, list[float]]] = cost_table()["wide" if width > MAX_ROW else "costs"]
-    row = table.get(family_of(ops), table["all"])
+    family = family_of(ops)
+    row = table.get(family, table["add" if family == "capture" else "all"])
     counts = sorted(int(count) for count in row)
     wanted = counts[-1] if tokens is None else min(counts, key=lambda n: abs(n.bit_length() - tokens.bit_length()))
     template, compiler = row[str(wanted)]
