@@ -79,7 +79,7 @@ class Chain:
 
 def variants(width: int, families: tuple[str, ...]) -> dict[str, LaunchOptions]:
     """Launches to compare, by name; names that begin with ``many`` use the form for many tokens."""
-    base = launch_options(width, False, True)
+    base = launch_options(width, few=True)
     return {f"{form}_{warps}w": replace(base, warps=warps) for form in ("few", "many") for warps in (2, 4, 8, 16)}
 
 

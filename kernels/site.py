@@ -75,7 +75,6 @@ OPTIONS = (
 """What follows the tensors: clamps of a row; kind (see `ir.Norm`, "" for none), eps and weight offset of the norm and
 of the branch's own norm; multiplier of the branch; whether the sum and the norm's input are left unrounded."""
 
-REDUCTIONS = 16 | 32 | 64
 _STAGES = {"branch": 1, "capture": 2, "table": 4, "tier": 8, "probe": 16, "rowprobe": 32, "clamp": 64}
 
 
@@ -201,7 +200,8 @@ def launch(a: SiteArgs, wrap: Any = lambda kernel: kernel) -> tuple[Tensor, Tens
     if isinstance(tokens, int) and not tokens:
         return out, normed
     few = isinstance(tokens, int) and tokens <= FEW_TOKENS
-    options = launch_options(width, REDUCTIONS & stages(a) != 0, few)
+    monitors = a.probe is not None or a.rowprobe is not None
+    options = launch_options(width, monitors, a.clamp is not None, few)
     kernel = wrap(site_row if options.block >= width else site_wide)
     kernel[(tokens,)](
         stream, *given, out, normed if a.norm else out, H=width, BLOCK=options.block, **constants(a, few),

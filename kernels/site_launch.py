@@ -31,19 +31,20 @@ FEW_TOKENS = 256
 """Up to this many tokens a call waits for its loads rather than for bandwidth."""
 
 
-def launch_options(width: int, reduces: bool = False, few: bool = False) -> LaunchOptions:
+def launch_options(width: int, monitors: bool = False, clamps: bool = False, few: bool = False) -> LaunchOptions:
     """Options of a width, as measured (docs/performance.md).
 
     Args:
-        reduces: whether a monitor or clamp reduces the row; fewer warps then have fewer partial sums to exchange.
+        monitors: whether a probe reduces the row; at many tokens, wide rows then have fewer partial sums to exchange.
+        clamps: whether clamps do, the same.
         few: whether there are at most `FEW_TOKENS` tokens; more warps then have more loads under way.
     """
-    if MAX_ROW < width <= 2 * MAX_ROW and not reduces:
+    if MAX_ROW < width <= 2 * MAX_ROW and not (monitors or clamps):
         return LaunchOptions(2 * MAX_ROW, 32)
     if width > MAX_ROW:
-        return LaunchOptions(CHUNK, 16 if few else 8)
+        return LaunchOptions(CHUNK, max(min(16 if few else 8, CHUNK // 256), 1))
     block = 1 << max(width - 1, 15).bit_length()
     warps = min(max(block // 256, 1), 16 if few or block > 8192 else 8)
-    if reduces and not few:
+    if (clamps or (monitors and block > 2048)) and not few:
         warps = min(warps, 4 if block <= 4096 else 8)
     return LaunchOptions(block, warps)

@@ -18,12 +18,12 @@ export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=2
 mkdir -p "$OUT"
 
 run_tests() {
-    local clean="any_number or forms_for_few or (wide_rows and rms_wide) or exact or (norm_and_multiplier and layer)"
+    local clean="any_number or widest or forms_for_few or (wide_rows and rms_wide) or exact or (norm_and_multiplier and layer)"
     python3 -m pytest tests/kernels/test_site.py tests/gpu -q -p no:cacheprovider >"$OUT/gpu_tests.txt" 2>&1
     for tool in memcheck racecheck; do
         echo "compute-sanitizer --tool $tool"
         timeout 150 compute-sanitizer --tool "$tool" python3 -m pytest tests/kernels/test_site.py -q \
-            -p no:cacheprovider -k "$clean" 2>&1 | tail -4
+            -p no:cacheprovider -k "$clean" 2>&1 | grep -E "Error|hazard|SUMMARY|passed|failed" | sort | uniq -c | sort -rn | head -40
     done >"$OUT/sanitizer.txt"
 }
 

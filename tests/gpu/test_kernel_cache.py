@@ -96,7 +96,7 @@ def test_no_call_after_the_warm_up_compiles(name: str) -> None:
     from steer_compile.kernels.site_warmup import warm_up
 
     setup, device = SETUPS[name], torch.device("cuda", torch.cuda.current_device())
-    assert warm_up(setup.plan(), setup.weights(), device) <= 2
+    assert warm_up(setup.plan(), setup.weights(), device) <= 4  # for few tokens and many, as called and as traced
     assert warm_up(setup.plan(), setup.weights(), device) == 0
     with nothing_compiles():
         for neutral in run_time_calls(setup, COUNTS, "cuda"):
@@ -206,4 +206,4 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
         run = subprocess.run(command, env=env, cwd=_tree.ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         runs.append(json.loads(run.stdout.splitlines()[-1]))
-    assert runs == [{"made": 6, "compiled": 6, "loaded": 0}, {"made": 6, "compiled": 0, "loaded": 6}]
+    assert runs == [{"made": 12, "compiled": 6, "loaded": 6}, {"made": 12, "compiled": 0, "loaded": 12}]
