@@ -1,6 +1,6 @@
 """Records of the summary from the tables of the site template.
 
-python -m benchmarks.site_claims     # results/{sites_1b,kernels,decode}.csv -> results/summary.json
+python -m benchmarks.site_claims     # results/{sites_*,kernels}.csv -> results/summary.json
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Any
 from benchmarks import records
 from benchmarks.plots import GOALS
 
-NOT_MEASURED = (
-    ("sites_1b, 256 tokens", "the run ended before this shape's turn"),
-    ("sites_8b", "the run's table was lost: it came back without it"),
-    ("sites_1b without CUDA graphs", "the run ended before this shape's turn"),
-    ("compute-sanitizer racecheck", "the run's report was lost: it came back without it"),
-)
+TABLES = {
+    "sites_1b.csv": "32 sites, 1B shape",
+    "sites_8b.csv": "12 sites, 8B shape with 6 layers",
+    "sites_1b_no_graphs.csv": "32 sites, 1B shape, no CUDA graphs",
+}
 
 
 def _rows(name: str) -> list[dict[str, str]]:
@@ -24,17 +23,17 @@ def _rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def model_claims(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+def model_claims(rows: list[dict[str, str]], shape: str) -> list[dict[str, Any]]:
     """Kernel time and kernel count of each variant that has a goal, and of the opaque operator."""
     found = []
     for row in rows:
         if row["kind"] not in GOALS and row["kind"] != "add_opaque":
             continue
-        where = f"{row['kind']}, template at 32 sites, 1B shape, {row['tokens']} tokens"
+        where = f"{row['kind']}, template at {shape}, {row['tokens']} tokens"
         goal = f"<= {GOALS[row['kind']]} %" if row["kind"] in GOALS else "for comparison"
         over = float(row["kernel_over_percent"])
         found.append(records.claim(f"GPU kernel time, {where}", goal, over, "%", spread=row["kernel_over_quartiles"]))
-        extra = int(row["extra_kernels"])
+        extra = round(float(row["extra_kernels"]))
         found.append(records.claim(f"extra kernels, {where}", "0" if row["kind"] in GOALS else goal, extra, "kernels"))
     return found
 
@@ -52,13 +51,13 @@ def kernel_claims(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Update the summary."""
-    path = records.SUMMARY
-    for name, make in (("sites_1b.csv", model_claims), ("kernels.csv", kernel_claims)):
+    for name, shape in TABLES.items():
         rows = _rows(name)
-        module = "sites" if make is model_claims else "kernels"
-        records.update_summary(make(rows), rows[0], f"python -m benchmarks.{module}", path)
-    missing = [records.claim(name, "measured", None, "%", reason=why) for name, why in NOT_MEASURED]
-    records.update_summary(missing, _rows("sites_1b.csv")[0], "python -m benchmarks.sites", path)
+        for commit in dict.fromkeys(row["commit"] for row in rows):
+            same = [row for row in rows if row["commit"] == commit]
+            records.update_summary(model_claims(same, shape), same[0], "python -m benchmarks.sites", records.SUMMARY)
+    rows = _rows("kernels.csv")
+    records.update_summary(kernel_claims(rows), rows[0], "python -m benchmarks.kernels", records.SUMMARY)
 
 
 if __name__ == "__main__":
