@@ -8,6 +8,7 @@ the template and of Inductor's kernels for the same add, edits and norm, at 2048
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -38,7 +39,8 @@ def site_costs(ops: tuple[str, ...], tokens: int | None, width: int) -> tuple[fl
     Args:
         tokens: None where the graph serves any number; the largest stands for it.
         width: rows that are wider than `MAX_ROW` have a table of their own, as another kernel serves them. A family
-            that it lacks is taken for all of them together if it reduces the row, and else for vectors alone.
+            that it lacks is taken for all of them together if it reduces the row, and else for vectors alone. Rows
+            that registers no longer hold and nothing reduces stay with the compiler, which has one pass over them.
     """
     table: dict[str, dict[str, list[float]]] = cost_table()["wide" if width > MAX_ROW else "costs"]
     family = family_of(ops)
@@ -46,4 +48,5 @@ def site_costs(ops: tuple[str, ...], tokens: int | None, width: int) -> tuple[fl
     counts = sorted(int(count) for count in row)
     wanted = counts[-1] if tokens is None else min(counts, key=lambda n: abs(n.bit_length() - tokens.bit_length()))
     template, compiler = row[str(wanted)]
-    return template, compiler
+    chunks = width > 2 * MAX_ROW and family in ("add", "capture")
+    return math.inf if chunks else template, compiler
