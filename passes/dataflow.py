@@ -8,6 +8,7 @@ Follows traces of torch 2.11 to 2.13 (``inline_inbuilt_nn_modules``, parameters 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ VIEW_OPS = frozenset(
 SELF_OPS = frozenset("to type_as float half bfloat16 double dropout alpha_dropout identity".split())
 """Operators that return their argument itself when there is nothing to do."""
 
+_KERNEL_OF_MATMUL = re.compile(r"(^|_)(mm|gemm|matmul|linear)(_|$)")
+
 _SHAPE_OPS = frozenset(
     "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor "
     "size dim numel element_size sym_size".split()
@@ -34,10 +37,15 @@ _INPLACE_FUNCTIONS = frozenset("iadd isub imul itruediv ipow iand ior ixor imatm
 
 
 def op_name(node: fx.Node) -> str:
-    """Bare operator name: ``add`` for ``operator.add``, ``torch.add``, ``Tensor.add_`` and ``aten.add.Tensor``."""
+    """Bare operator name: ``add`` for ``operator.add``, ``torch.add``, ``Tensor.add_`` and ``aten.add.Tensor``.
+
+    Kernels of matrix products outside of torch (``_C.onednn_mm``, ``cutlass_scaled_mm``) are ``linear``.
+    """
     name = raw_name(node)
     if name in _INPLACE_FUNCTIONS and name != "setitem":
         return name[1:]
+    if _KERNEL_OF_MATMUL.search(name) and torch_compat.namespace(node.target) not in ("", "aten"):
+        return "linear"
     return name.strip("_")
 
 
@@ -98,6 +106,8 @@ class Dataflow:
     """``user -> {argument as written: value it reads}``."""
     hazards: dict[fx.Node, str] = field(default_factory=dict)
     """Values that change later through an alias that graph surgery cannot follow."""
+    writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    """Operators without a result of their own that fill a tensor, by the tensor: it is a value behind the last one."""
 
     def depends(self, node: fx.Node, on: fx.Node) -> bool:
         """Whether ``node`` is computed from ``on`` (strictly)."""
@@ -175,7 +185,10 @@ def build_dataflow(graph: fx.Graph) -> Dataflow:
     for i, node in enumerate(nodes):
         mask = 0
         inputs: list[fx.Node] = []
+        filled = _filled(node)
         for arg in node.all_input_nodes:
+            if arg in filled:
+                continue
             value = aliases.resolve(arg)
             if arg in aliases.stale and value is not aliases.stale[arg]:
                 writer = aliases.stale[arg]
@@ -190,9 +203,32 @@ def build_dataflow(graph: fx.Graph) -> Dataflow:
         flow.inputs[node] = inputs
         flow.ancestors.append(mask)
         _note_aliases(flow, aliases, node)
+        for arg in filled:
+            _note_filled(flow, aliases, node, arg)
         if node.op == "placeholder" and not is_state(node):
             flow._data_mask |= 1 << i
     return flow
+
+
+def _filled(node: fx.Node) -> list[fx.Node]:
+    """Tensors that an operator fills, where it gives no result: kernels of vLLM take their output as an argument."""
+    if node.op != "call_function" or shape_of(node) is not None:
+        return []
+    places = torch_compat.written_arguments(node.target)
+    found = [node.args[i] for i in places if i < len(node.args)]
+    return [arg for arg in found if isinstance(arg, fx.Node)]
+
+
+def _note_filled(flow: Dataflow, aliases: _Aliases, writer: fx.Node, arg: fx.Node) -> None:
+    """Make a tensor a value that its writer computed: whoever reads it does so later."""
+    memory = aliases.root(arg)
+    flow.writers.setdefault(memory, []).append(writer)
+    if memory is not arg:
+        flow.hazards[arg] = flow.hazards[memory] = f"{writer.name} fills it through a view"
+    for node in dict.fromkeys((memory, arg)):
+        flow.ancestors[flow.order[node]] |= 1 << flow.order[writer] | flow.ancestors[flow.order[writer]]
+        flow.inputs[node].append(writer)
+        flow.users[writer].append(node)
 
 
 def _reads_shape_only(node: fx.Node, arg: fx.Node) -> bool:

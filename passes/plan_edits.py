@@ -76,6 +76,25 @@ def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) 
     return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens, spec.clamps)
 
 
+def reserve_banks(spec: SteerSpec, sites: Iterable[Site], n_layers: int) -> tuple[Bank, ...]:
+    """Banks of sites that a graph yet to come will have: `plan_edits` gives them the slots made here.
+
+    Args:
+        sites: values that the graph is expected to have.
+        n_layers: layers of the whole model, from which negative layer numbers count.
+    """
+    known = tuple(sites)
+
+    def chosen(selection: HookSelection) -> list[Site]:
+        numbers = {n + n_layers if n < 0 else n for n in selection.layers if isinstance(n, int)}
+        every = selection.layers == "all"
+        return [s for s in known if s.hook == selection.hook and (every or s.layer in numbers)]
+
+    wanted: list[Wanted] = [(("capture",), site) for selection in spec.capture for site in chosen(selection)]
+    wanted += [(selection.ops, site) for selection in spec.steer for site in chosen(selection)]
+    return _grow(spec, wanted, ())
+
+
 def _placed(site: Site, spec: SteerSpec) -> Site:
     """The site with the readers that the placement redirects."""
     if spec.placement == "before_norm" or site.hook not in ("pre_attn", "post_attn") or not site.skip_users:

@@ -31,8 +31,11 @@ from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
 from steer_compile.passes.norms import norm_of_sum
 
 
-def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
+def splice(gm: fx.GraphModule, plan: Plan, inputs: Mapping[str, fx.Node] | None = None) -> tuple[str, ...]:
     """Apply the plan to ``gm`` in place; returns the names of the buffers that the graph now reads.
+
+    Args:
+        inputs: nodes that hold the buffers by name, where the graph has them as inputs.
 
     Raises:
         LoweringError: a planned value is not in this graph, or the graph is spliced already.
@@ -47,10 +50,16 @@ def splice(gm: fx.GraphModule, plan: Plan) -> tuple[str, ...]:
     flow = build_dataflow(graph)
     _read_written_values(flow)
     splicer = _Splicer(plan, graph, flow, by_name, next(n for n in graph.nodes if n.op != "placeholder"))
-    for edit in sorted(plan.edits, key=lambda e: flow.order[by_name[e.site.node]]):
+    splicer.buffers.update(inputs or {})
+    for edit in sorted(plan.edits, key=lambda e: flow.order[_made(flow, by_name[e.site.node])]):
         splicer.apply(edit)
     splicer.finish()
     return tuple(splicer.buffers)
+
+
+def _made(flow: Dataflow, value: fx.Node) -> fx.Node:
+    """The node behind which a value is there."""
+    return flow.writers.get(value, [value])[-1]
 
 
 def attach(gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -232,7 +241,7 @@ class _Splicer:
         """The node in front of which operations at ``value`` go, so that they stand in the order of the plan."""
         if value.op == "placeholder":
             return self.first
-        return self.following.setdefault(value, value.next)
+        return self.following.setdefault(value, _made(self.flow, value).next)
 
     def _buffer(self, name: str) -> Any:
         """The buffer, read once at the top of the graph: a proxy, which takes any operator."""

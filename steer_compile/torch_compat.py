@@ -83,6 +83,23 @@ def overload_name(target: object) -> str | None:
     return str(target.overloadpacket.__name__) if isinstance(target, torch._ops.OpOverload) else None
 
 
+def namespace(target: object) -> str:
+    """Library of an operator such as ``aten``, "" for what is none. Run on torch 2.13."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name.partition("::")[0])
+    return str(target.namespace) if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def written_arguments(target: object) -> tuple[int, ...]:
+    """Places of the arguments that an operator writes in place, by its schema. Run on torch 2.13."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    if not isinstance(target, torch._ops.OpOverload):
+        return ()
+    written = enumerate(target._schema.arguments)
+    return tuple(i for i, a in written if a.alias_info is not None and a.alias_info.is_write)
+
+
 def is_higher_order(target: object) -> bool:
     """Whether a target runs graphs of its own (checkpoint, scan, cond). Run on torch 2.11 and 2.13."""
     return isinstance(target, torch._ops.HigherOrderOperator)

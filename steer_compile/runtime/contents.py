@@ -59,6 +59,16 @@ class Contents:
                     f"clamps={most_clamps}; raise it and compile again, or give fewer"
                 )
 
+    def check_range(self, tables: TableSet) -> None:
+        """Raise `VectorError` for a sum of vectors that overflows the dtype of its table."""
+        for site, total in scaled(self.parts).items():
+            dtype = tables.view("table", site).dtype
+            if not bool(torch.isfinite(total.to(dtype)).all()):
+                raise VectorError(
+                    f"the vectors of layers.{site[1]}.{site[0]} overflow the table's dtype {dtype}; scale them down or "
+                    "set dtype in the spec"
+                )
+
     def write(self, tables: TableSet, row: int, most_clamps: int) -> None:
         """Write a row of every table: what the contents do not name is neutral afterwards.
 

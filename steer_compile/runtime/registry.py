@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from steer_compile.errors import UnknownName, VectorError
-from steer_compile.ir import Plan, SiteTable
+from steer_compile.errors import TooManyTokens, UnknownName, VectorError
+from steer_compile.ir import Bank, Plan, SiteTable
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.gates import Monitor, SiteLike, clamps_by_site
 from steer_compile.runtime.row_store import RowStore
@@ -63,6 +65,27 @@ class Registry:
             self.sites.check_all()
             self._rows.write_all()
             self.sites.bind()
+
+    def reserve(self, banks: tuple[Bank, ...], device: torch.device) -> None:
+        """Allocate tensors for sites that a graph yet to come will have, nothing set."""
+        with self._lock, torch.no_grad():
+            self.tables.grow(banks, device)
+            self._rows.write_all()
+            self.sites.bind()
+
+    def set_tokens(self, rows: npt.NDArray[np.int32], decoded: npt.NDArray[np.bool_]) -> None:
+        """Set the row of each token of the next call, and whether it is decoded. Further tokens read what they read.
+
+        Raises:
+            TooManyTokens: more tokens than the spec has room for.
+        """
+        if rows.size > self._spec.max_tokens:
+            raise TooManyTokens(
+                f"the call has {rows.size} tokens but the spec has max_tokens={self._spec.max_tokens}; raise it"
+            )
+        with self._lock, torch.no_grad():
+            self.tables.index(rows)
+            self.sites.before_step(decoded)
 
     # -- vectors --------------------------------------------------------------------------------------------------
 
@@ -161,6 +184,20 @@ class Registry:
             handle = Handle(self._number, config, keys, RowPlan((prefill, decode), config.tokens))
             self._handles[handle.number] = handle
             return handle
+
+    def preview(self, config: Steering) -> dict[str, Contents]:
+        """What a configuration would put into a row, by phase, without taking any.
+
+        Raises:
+            UnknownName: an unregistered vector set. VectorError, SiteNotFound: what no row of this spec can hold.
+        """
+        with self._lock:
+            made = {phase: self._own_contents(config, phase) for phase in PHASES}
+            for contents in made.values():
+                self._rows.check(contents)
+                contents.check_room(self._spec.clamps)
+                contents.check_range(self.tables)
+            return made
 
     def release(self, handle: Handle) -> None:
         """Give a handle's rows back.

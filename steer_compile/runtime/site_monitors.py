@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from steer_compile.runtime.gates import Monitor, SiteLike
@@ -90,6 +92,12 @@ class SiteMonitors:
         """Set the gain and the decode mask of the call's tokens, where a graph reads them and they changed."""
         self._call = (tokens, decode)
         self._fill()
+
+    def before_step(self, decoded: npt.NDArray[np.bool_]) -> None:
+        """The same for a call whose tokens are in either phase: gain where a token is decoded, 0 where it is not."""
+        if any(bank.kind in TOKEN_KINDS for bank in self._tables.banks):
+            self._written = None
+            self._tables.mask(decoded, self._gain)
 
     def _fill(self) -> None:
         tokens, decode = self._call

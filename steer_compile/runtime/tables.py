@@ -142,13 +142,20 @@ class TableSet:
 
     def index(self, rows: npt.NDArray[np.int32]) -> None:
         """Set the row of the first ``rows.size`` tokens."""
-        count = rows.size
-        if self.device is not None and self.device.type == "cuda":
-            staging = torch.empty(count, dtype=torch.int32, device="cpu", pin_memory=True)
-            staging.numpy()[:] = rows.ravel()
-            self.rows[:count].copy_(staging, non_blocking=True)
-            return
-        self.rows[:count].copy_(torch.from_numpy(rows.ravel()))
+        self._send(rows.ravel(), self.rows)
+
+    def mask(self, decoded: npt.NDArray[np.bool_], gain: float) -> None:
+        """Set the decode mask and the tier's gain of the first ``decoded.size`` tokens."""
+        mask = decoded.astype(np.float32)
+        self._send(mask, self.decode)
+        self._send(mask * np.float32(gain), self.gain)
+
+    def _send(self, values: npt.NDArray[np.generic], target: torch.Tensor) -> None:
+        """Copy to the head of a device tensor of the same dtype, without waiting for the device."""
+        source = torch.from_numpy(np.ascontiguousarray(values))
+        if target.is_cuda:
+            source = torch.empty_like(source, pin_memory=True).copy_(source)
+        target[: source.numel()].copy_(source, non_blocking=True)
 
     def captured(self, tokens: int) -> dict[SiteKey, torch.Tensor]:
         """Views ``(tokens, width)`` of what the last call stored, by site."""

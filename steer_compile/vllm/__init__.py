@@ -1,0 +1,14 @@
+"""vLLM: steer each request of an unmodified engine, by configuration.
+
+    LLM(model, **engine_args(SteerSpec(steer=("post_block",))))
+    vllm serve MODEL --additional-config '{"steer_compile": {"steer": ["post_block"]}}'
+
+and, for a request, ``SamplingParams(extra_args={"steer": {...}})`` (`requests.parse` says what it may hold).
+
+vLLM finds the package through its entry point ``vllm.general_plugins`` (`plugin.register`). Each thing inside of
+vLLM that this package leans on has a file of its own in ``adapters``, with the versions it was run on.
+"""
+
+from steer_compile.vllm.settings import engine_args
+
+__all__ = ["engine_args"]

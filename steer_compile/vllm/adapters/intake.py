@@ -1,0 +1,69 @@
+"""The front end: a request's steering is checked before the engine core sees it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from steer_compile.errors import SpecError
+from steer_compile.vllm.adapters.compile_path import settings_of, shape_of
+from steer_compile.vllm.frontend import FrontEnd
+from steer_compile.vllm.requests import DIGESTS, KEY
+
+_FRONT_ENDS: WeakKeyDictionary[Any, FrontEnd | None] = WeakKeyDictionary()
+
+
+def missing() -> str:
+    """`process_inputs` takes the parameters of a request."""
+    if "params" not in inspect.signature(InputProcessor.process_inputs).parameters:
+        return "InputProcessor.process_inputs has no argument params"
+    return ""
+
+
+def install() -> None:
+    """Wrap the input processor's constructor and its one method."""
+    InputProcessor.__init__ = _constructor(InputProcessor.__init__)
+    InputProcessor.process_inputs = _process(InputProcessor.process_inputs)
+
+
+def _constructor(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        config = self.vllm_config
+        settings = settings_of(config)
+        _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config))
+
+    return __init__
+
+
+def _process(original: Callable[..., Any]) -> Callable[..., Any]:
+    order = list(inspect.signature(original).parameters)
+    place = order.index("params") - 1
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = kwargs["params"] if "params" in kwargs else args[place]
+        given = (params.extra_args or {}) if isinstance(params, SamplingParams) else {}
+        if KEY not in given:
+            return original(self, *args, **kwargs)
+        front = _FRONT_ENDS.get(self)
+        if front is None:
+            raise SpecError(
+                "the request asks for steering, and this engine has no spec; start it with "
+                "additional_config={'steer_compile': {'steer': ['post_block']}}"
+            )
+        data, digests = front.checked(given[KEY])
+        made = params.clone()
+        made.extra_args = {**given, KEY: data, DIGESTS: digests}
+        if "params" in kwargs:
+            return original(self, *args, **{**kwargs, "params": made})
+        return original(self, *args[:place], made, *args[place + 1 :], **kwargs)
+
+    return process_inputs

@@ -1,0 +1,66 @@
+"""The scheduler: a request waits until there are rows for its steering. It is never run without them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from steer_compile.vllm.adapters.compile_path import settings_of
+from steer_compile.vllm.requests import digests
+
+
+def missing() -> str:
+    """`schedule` takes requests from ``self.waiting``."""
+    return "" if "schedule" in vars(Scheduler) else "Scheduler has no method schedule"
+
+
+def install() -> None:
+    """Wrap the scheduler's one entry."""
+    Scheduler.schedule = _schedule(Scheduler.schedule)
+
+
+def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self.vllm_config)
+        if settings is None:
+            return original(self, *args, **kwargs)
+        # Requests whose KV blocks come from elsewhere wait in a queue of their own and are admitted first.
+        admitted = [*self.running, *vars(self).get("kv_holding_waiting", ())]
+        held = beyond(settings.spec.rows, admitted, self.waiting)
+        if not held:
+            return original(self, *args, **kwargs)
+        self.waiting.remove_requests(held)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.waiting.prepend_requests(reversed(held))  # in front of the others, in their order
+
+    return schedule
+
+
+def keys_of(request: Any) -> set[tuple[str, str]]:
+    """Rows that a request needs: one for each phase and content."""
+    params = request.sampling_params
+    prefill, decode = digests(params.extra_args if params is not None else None)
+    return {key for key in (("prefill", prefill), ("decode", decode)) if key[1]}
+
+
+def beyond(capacity: int, running: Iterable[Any], waiting: Iterable[Any]) -> list[Any]:
+    """Waiting requests for which there are no rows. Behind the first of them, only requests pass that need no new row:
+    what becomes free is for those that waited longest.
+    """
+    taken: set[tuple[str, str]] = set()
+    for request in running:
+        taken |= keys_of(request)
+    held: list[Any] = []
+    for request in waiting:
+        new = keys_of(request) - taken
+        if new and (held or len(taken) + len(new) > capacity):
+            held.append(request)
+        else:
+            taken |= new
+    return held

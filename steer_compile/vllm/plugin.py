@@ -1,0 +1,36 @@
+"""Entry point of the group ``vllm.general_plugins``: vLLM calls `register` in each of its processes."""
+
+from __future__ import annotations
+
+from steer_compile.errors import SteerError
+from steer_compile.vllm.adapters import Adapter
+
+_installed: list[str] = []
+
+
+def register() -> None:
+    """Install the adapters, once in a process. An engine without a spec is untouched by them.
+
+    Raises:
+        SteerError: this version of vLLM lacks something that an adapter needs; all are named, none is installed.
+    """
+    if _installed:
+        return
+    adapters = _adapters()
+    missing = [f"{a.__name__.rpartition('.')[2]}: {what}" for a in adapters if (what := a.missing())]
+    if missing:
+        from vllm import __version__
+
+        raise SteerError(
+            f"steer_compile does not fit vLLM {__version__}: {'; '.join(missing)}; "
+            "use vLLM 0.26 to 0.32, or uninstall steer_compile to run without it"
+        )
+    for adapter in adapters:
+        adapter.install()
+        _installed.append(adapter.__name__)
+
+
+def _adapters() -> tuple[Adapter, ...]:
+    from steer_compile.vllm.adapters import cache_keys, compile_path, intake, runner_v1, scheduling
+
+    return (compile_path, intake, scheduling, cache_keys, runner_v1)

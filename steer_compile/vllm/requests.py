@@ -1,0 +1,194 @@
+"""What a request may ask for: ``SamplingParams(extra_args={"steer": {...}})``, or ``vllm_xargs`` over HTTP.
+
+Declarative data only::
+
+    {"named": ["calm", ["formal", -0.5]],               registered vector sets, with factors
+     "base": {"post_block": {"3": [0.1, ...]}},         vectors for all tokens; also "prefill" and "decode"
+     "decode": {"post_block": {"3": {"dtype": "float16", "shape": [64], "data": "<base64>"}}},
+     "scale": 2.0,
+     "tokens": {"spans": [[0, 5]], "last_prompt": true, "generated": true},
+     "monitors": {"layers.3.post_block": {"probe": [...], "threshold": 0.5, "sharpness": 4.0}},
+     "clamps": {"layers.3.post_block": [{"direction": [...], "lo": -1.0, "hi": 1.0}]}}
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from steer_compile.errors import SpecError, VectorError
+from steer_compile.runtime.gates import Clamp, Monitor
+from steer_compile.runtime.steering import Steering
+from steer_compile.runtime.vectors import SiteKey, TokenSelection
+
+KEY = "steer"
+"""Key of a request's steering in ``extra_args`` and ``vllm_xargs``."""
+DIGESTS = "steer_digests"
+"""Key under which the front end puts the digest of a request's steering in each phase, "" for none."""
+MAX_NUMBERS = 1 << 26
+"""Most numbers of one packed vector."""
+
+_FIELDS = {"named", "base", "prefill", "decode", "scale", "tokens", "monitors", "clamps"}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def parse(given: object) -> Steering:
+    """A request's steering from plain data or its JSON text.
+
+    Raises:
+        SpecError: unknown fields, or data of another form. VectorError: bad vectors or numbers.
+    """
+    data = _object("steer", _decoded(given))
+    unknown = sorted(set(data) - _FIELDS)
+    if unknown:
+        raise SpecError(f"steer has the unknown field {unknown[0]!r}; the fields are {', '.join(sorted(_FIELDS))}")
+    tiers = {tier: _vectors(tier, data[tier]) for tier in ("base", "prefill", "decode") if tier in data}
+    return Steering(
+        **tiers,
+        named=_named(data.get("named", ())),
+        scale=data.get("scale", 1.0),
+        tokens=_tokens(data["tokens"]) if data.get("tokens") is not None else None,
+        monitors={site: _monitor(item) for site, item in _object("monitors", data.get("monitors", {})).items()},
+        clamps={site: _clamps(items) for site, items in _object("clamps", data.get("clamps", {})).items()},
+    )
+
+
+def digests(extra_args: object) -> tuple[str, str]:
+    """Digests of a request that the front end let in, in prefill and in decode; "" for nothing of its own."""
+    given = extra_args.get(DIGESTS) if isinstance(extra_args, Mapping) and KEY in extra_args else None
+    return (str(given["prefill"]), str(given["decode"])) if isinstance(given, Mapping) else ("", "")
+
+
+def plain(steering: Steering) -> dict[str, Any]:
+    """A request's steering as data that crosses processes; `parse` makes the same of it again."""
+    tiers = {"base": steering.base, "prefill": steering.prefill, "decode": steering.decode}
+    data: dict[str, Any] = {
+        tier: {_name(site): pack(vector) for site, vector in vectors.items()}
+        for tier, vectors in tiers.items()
+        if vectors
+    }
+    data |= {"named": [list(item) for item in steering.named], "scale": steering.scale}
+    if steering.tokens is not None:
+        chosen = steering.tokens
+        spans = [list(span) for span in chosen.spans]
+        data["tokens"] = {"spans": spans, "last_prompt": chosen.last_prompt, "generated": chosen.generated}
+    data["monitors"] = {
+        _name(site): {"probe": pack(m.probe), "threshold": m.threshold, "sharpness": m.sharpness}
+        for site, m in steering.monitors
+    }
+    data["clamps"] = {_name(site): [_plain_clamp(clamp) for clamp in clamps] for site, clamps in steering.clamps}
+    return data
+
+
+def _plain_clamp(clamp: Clamp) -> dict[str, Any]:
+    bounds = {"lo": clamp.lo, "hi": clamp.hi}
+    finite = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
+    return {"direction": pack(clamp.direction), "strength": clamp.strength, **finite}
+
+
+def _name(site: SiteKey) -> str:
+    return f"layers.{site[1]}.{site[0]}"
+
+
+def pack(vector: torch.Tensor) -> dict[str, Any]:
+    """A vector in packed form, fp32."""
+    numbers = vector.detach().to("cpu", torch.float32).contiguous()
+    return {"dtype": "float32", "shape": list(numbers.shape), "data": numbers.numpy().tobytes()}
+
+
+def _decoded(given: object) -> object:
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise SpecError(
+            f"steer is text that is not JSON ({error}); give an object such as {{'named': [...]}}"
+        ) from error
+
+
+def _object(name: str, given: object) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise SpecError(f"{name} is a {type(given).__name__}; give an object")
+    return {str(key): value for key, value in given.items()}
+
+
+def _named(given: object) -> list[str | tuple[str, float]]:
+    items = [given] if isinstance(given, str) else given
+    if not isinstance(items, list | tuple):
+        raise SpecError(f"named is a {type(given).__name__}; give names or pairs of a name and a factor")
+    return [tuple(item) if isinstance(item, list) else item for item in items]
+
+
+def _vectors(tier: str, given: object) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for hook, by_layer in _object(tier, given).items():
+        if isinstance(by_layer, Mapping) and "data" not in by_layer:
+            found[hook] = {layer: _vector(f"{tier} of {hook} at {layer}", v) for layer, v in by_layer.items()}
+        else:
+            found[hook] = _vector(f"{tier} of {hook}", by_layer)
+    return found
+
+
+def _vector(name: str, given: object) -> Any:
+    """Numbers, or a packed vector unpacked; `vector_set` checks them."""
+    if not isinstance(given, Mapping):
+        return given
+    if set(given) != {"dtype", "shape", "data"} or given["dtype"] not in _DTYPES:
+        raise VectorError(
+            f"{name} is no packed vector; give dtype ({', '.join(_DTYPES)}), shape and data (base64, little-endian)"
+        )
+    shape, dtype = given["shape"], _DTYPES[given["dtype"]]
+    if not isinstance(shape, list) or len(shape) != 1 or not isinstance(shape[0], int) or shape[0] < 1:
+        raise VectorError(f"{name} has the packed shape {shape!r}; give one dimension")
+    if shape[0] > MAX_NUMBERS:
+        raise VectorError(f"{name} has {shape[0]} numbers; {MAX_NUMBERS} are the most")
+    packed = given["data"]
+    try:
+        data = packed if isinstance(packed, bytes) else base64.b64decode(str(packed), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise VectorError(f"{name} holds data that is not base64: {error}") from error
+    if len(data) != shape[0] * dtype.itemsize:
+        raise VectorError(f"{name} holds {len(data)} bytes for {shape[0]} numbers of {given['dtype']}; give all")
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(dtype)
+
+
+def _tokens(given: object) -> TokenSelection:
+    data = _object("tokens", given)
+    unknown = sorted(set(data) - {"spans", "last_prompt", "generated"})
+    if unknown:
+        raise SpecError(f"tokens has the unknown field {unknown[0]!r}; give spans, last_prompt, generated")
+    spans = data.get("spans", [])
+    if not isinstance(spans, list):
+        raise SpecError(f"tokens has spans={spans!r}; give pairs such as [[0, 5]]")
+    return TokenSelection(tuple(spans), bool(data.get("last_prompt")), bool(data.get("generated")))
+
+
+def _monitor(given: object) -> Monitor:
+    data = _arguments("a monitor", given, {"probe", "threshold", "sharpness"}, "probe")
+    return Monitor(_vector("the probe of a monitor", data.pop("probe")), **data)
+
+
+def _clamps(given: object) -> list[Clamp]:
+    if not isinstance(given, list):
+        raise SpecError(f"clamps of a site are a {type(given).__name__}; give a list")
+    made = []
+    for item in given:
+        data = _arguments("a clamp", item, {"direction", "lo", "hi", "value", "strength"}, "direction")
+        made.append(Clamp(_vector("the direction of a clamp", data.pop("direction")), **data))
+    return made
+
+
+def _arguments(name: str, given: object, known: set[str], needed: str) -> dict[str, Any]:
+    data = _object(name, given)
+    unknown = sorted(set(data) - known)
+    if unknown or needed not in data:
+        raise SpecError(f"{name} has the fields {', '.join(sorted(data)) or 'none'}; give {', '.join(sorted(known))}")
+    return data

@@ -1,0 +1,100 @@
+"""`Settings`: what ``additional_config["steer_compile"]`` asks of an engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from steer_compile.errors import SpecError
+from steer_compile.spec import SteerSpec
+
+KEY = "steer_compile"
+"""Key of the settings in vLLM's ``additional_config``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An engine's spec and the vector files that it loads when it starts.
+
+    Attributes:
+        spec: what may be steered; ``max_tokens`` is the engine's own.
+        vectors: pairs of a name and the safetensors file of its vectors (tensors named ``layers.3.post_block``).
+    """
+
+    spec: SteerSpec
+    vectors: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def read(cls, additional_config: object, max_tokens: int, dtype: torch.dtype) -> Settings | None:
+        """The settings of an engine, None where it has none.
+
+        Args:
+            max_tokens: most tokens of a step.
+            dtype: the model's, which is the tables' where the spec names none. The stream may be wider in a graph that
+                leaves sums unrounded.
+
+        Raises:
+            SpecError: the entry is no spec.
+        """
+        given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            raise SpecError(
+                f"additional_config[{KEY!r}] is a {type(given).__name__}; give the spec as plain data, such as "
+                "{'steer': ['post_block']} (steer_compile.vllm.engine_args makes it of a SteerSpec)"
+            )
+        plain = {key: value for key, value in given.items() if key not in ("vectors", "build")}
+        spec = SteerSpec.from_dict({"dtype": dtype, **plain, "max_tokens": max_tokens})
+        return cls(spec, _files(given.get("vectors", {})))
+
+
+def _files(vectors: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors.values()):
+        raise SpecError(f"vectors={vectors!r} names no files; give {{name: path of a safetensors file}}")
+    missing = [path for path in vectors.values() if not Path(path).is_file()]
+    if missing:
+        raise SpecError(f"vectors: no file {missing[0]}; give the path of a safetensors file")
+    return tuple(sorted((str(name), path) for name, path in vectors.items()))
+
+
+def engine_args(spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
+    """Keyword arguments for ``vllm.LLM`` or ``AsyncEngineArgs`` that switch steering on.
+
+    Args:
+        spec: what may be steered. Its ``max_tokens`` has no part in it.
+        vectors: named vector sets for requests: name to safetensors file.
+
+    Raises:
+        SpecError: a vector file that is not there.
+    """
+    plain = {key: value for key, value in spec.to_dict().items() if key != "max_tokens"}
+    files = dict(_files({name: str(path) for name, path in (vectors or {}).items()}))
+    return {"additional_config": {KEY: {**plain, **({"vectors": files} if files else {})}}}
+
+
+def cli_config(spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None) -> str:
+    """The same for ``vllm serve --additional-config``."""
+    return json.dumps(engine_args(spec, vectors)["additional_config"])
+
+
+def load_vectors(path: str) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, named ``layers.3.post_block``."""
+    return load_file(path)
+
+
+@cache
+def build() -> str:
+    """Digest of this package's code, which is part of an engine's compile-cache key."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
