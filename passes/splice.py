@@ -23,8 +23,9 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from steer_compile import torch_compat
 from steer_compile.errors import LoweringError
-from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Edit, Fusion, Plan, Site, bank_name
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Edit, Fusion, Plan, Site, bank_name, slot_name
 from steer_compile.kernels.steer_rows import SteerArgs, steer_rows
 from steer_compile.kernels.store_rows import store_rows
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
@@ -35,7 +36,8 @@ def splice(gm: fx.GraphModule, plan: Plan, inputs: Mapping[str, fx.Node] | None 
     """Apply the plan to ``gm`` in place; returns the names of the buffers that the graph now reads.
 
     Args:
-        inputs: nodes that hold the buffers by name, where the graph has them as inputs.
+        inputs: nodes that hold the buffers by name, where the graph has them as inputs. Nothing but these is then
+            shared between sites, so that a graph that is cut into pieces has equal pieces for equal layers.
 
     Raises:
         LoweringError: a planned value is not in this graph, or the graph is spliced already.
@@ -51,6 +53,7 @@ def splice(gm: fx.GraphModule, plan: Plan, inputs: Mapping[str, fx.Node] | None 
     _read_written_values(flow)
     splicer = _Splicer(plan, graph, flow, by_name, next(n for n in graph.nodes if n.op != "placeholder"))
     splicer.buffers.update(inputs or {})
+    splicer.apart = inputs is not None
     for edit in sorted(plan.edits, key=lambda e: flow.order[_made(flow, by_name[e.site.node])]):
         splicer.apply(edit)
     splicer.finish()
@@ -90,7 +93,9 @@ class _Splicer:
     """What a value's next capture sees: the value behind all edits so far that every reader sees."""
     reads: dict[fx.Node, dict[fx.Node, fx.Node]] = field(default_factory=dict)
     """``value -> {reader: node that it reads in its place}``."""
-    views: dict[tuple[str, str], fx.Node] = field(default_factory=dict)
+    apart: bool = False
+    """Whether each site computes for itself what others could share."""
+    views: dict[tuple[str, str, str], fx.Node] = field(default_factory=dict)
     counts: dict[str, fx.Node] = field(default_factory=dict)
     following: dict[fx.Node, fx.Node] = field(default_factory=dict)
     sums: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -163,6 +168,8 @@ class _Splicer:
         return sources
 
     def _redirect(self, site: Site, value: fx.Node, source: fx.Node, group: list[fx.Node], steered: fx.Node) -> None:
+        if self.apart:  # an operator's own name would count on in a piece that has this value as an input
+            torch_compat.rename(steered, "steered")
         for reader in group:
             reader.replace_input_with(source, steered)
             self.reads[value][reader] = steered
@@ -232,6 +239,9 @@ class _Splicer:
 
     def _slot(self, edit: Edit, kind: str) -> Any:
         slot = edit.slot(kind)
+        part = slot_name(slot.bank, slot.index)
+        if part in self.buffers:
+            return self._buffer(part)
         return self._buffer(bank_name(slot.bank))[slot.index]
 
     def _clamps(self, edit: Edit) -> int:
@@ -252,14 +262,15 @@ class _Splicer:
 
     def _count(self, site: Site, h: Any) -> fx.Node:
         """Number of tokens, computed at the first site of each layout."""
-        if site.layout not in self.counts:
+        key = site.name if self.apart else site.layout
+        if key not in self.counts:
             count = h.size(0) if site.layout == "flat" else h.size(0) * h.size(1)
-            self.counts[site.layout] = count.node
-        return self.counts[site.layout]
+            self.counts[key] = count.node
+        return self.counts[key]
 
     def _per_token(self, buffer: str, site: Site, h: Any, flat: bool) -> fx.Node:
         """Data of each token in the site's layout, computed at the first site of each layout."""
-        key = (buffer, "flat" if flat else site.layout)
+        key = (buffer, "flat" if flat else site.layout, site.name if self.apart else "")
         if key not in self.views:
             data = self._buffer(buffer).narrow(0, 0, self._proxy(self._count(site, h)))
             if key[1] in ("batch_first", "streams"):

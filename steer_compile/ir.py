@@ -24,6 +24,11 @@ def bank_name(index: int) -> str:
     return f"steer_bank_{index}"
 
 
+def slot_name(bank: int, index: int) -> str:
+    """Buffer name of one site's part of a bank, where graphs take the parts one by one."""
+    return f"{bank_name(bank)}_{index}"
+
+
 @dataclass(frozen=True)
 class Site:
     """One value of the residual stream (or of a branch) in one graph.

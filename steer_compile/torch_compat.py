@@ -83,6 +83,26 @@ def overload_name(target: object) -> str | None:
     return str(target.overloadpacket.__name__) if isinstance(target, torch._ops.OpOverload) else None
 
 
+def complete_examples(graph: fx.Graph) -> None:
+    """Give nodes that a pass made the example values that Dynamo gives its own. Run on torch 2.13."""
+    examples = {n: n.meta["example_value"] for n in graph.nodes if "example_value" in n.meta}
+    for node in graph.nodes:
+        if node in examples or node.op not in ("call_function", "call_method"):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), examples.__getitem__)
+        with torch.inference_mode(False), torch.no_grad():  # as Dynamo's own: the mode is part of a piece's key
+            if node.op == "call_method":
+                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                result = node.target(*args, **kwargs)
+        examples[node] = node.meta["example_value"] = result
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node a name, made unique in its graph. Run on torch 2.13."""
+    node._rename(name)
+
+
 def namespace(target: object) -> str:
     """Library of an operator such as ``aten``, "" for what is none. Run on torch 2.13."""
     if isinstance(target, torch._ops.OpOverloadPacket):

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from steer_compile import torch_compat
 from steer_compile.errors import LoweringError, SiteNotFound
-from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Bank, Miss, Plan, Site, bank_name
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Bank, Miss, Plan, Site, bank_name, slot_name
 from steer_compile.passes.find_sites import find_sites
 from steer_compile.passes.fused_norms import opened_sums
 from steer_compile.passes.lower_edits import lower_edits
 from steer_compile.passes.plan_edits import plan_edits, reserve_banks
 from steer_compile.passes.splice import splice
 from steer_compile.runtime.registry import Registry
+from steer_compile.runtime.tables import TableSet
 from steer_compile.spec import SteerSpec
 from steer_compile.vllm.anchor import anchored, raised
 
@@ -43,12 +45,11 @@ class SteeredModel:
         self._n_layers = len(shape.layers)
         self.registry = Registry(spec)
         self.registry.reserve(expected_banks(spec, shape), device)
-        banks = self.registry.tables.banks
-        self._names = (*(bank_name(i) for i in range(len(banks))), ROWS, SCALE, GAIN, DECODE)
+        self._tables = _parts(self.registry.tables)
 
     def attach(self, model: nn.Module) -> None:
         """Give the model its tables, before it is compiled."""
-        anchored(model, self.registry.tables.named(self._names))
+        anchored(model, self._tables)
 
     def splice(self, gm: fx.GraphModule) -> None:
         """Rewrite the model's graph in place.
@@ -75,10 +76,24 @@ class SteeredModel:
             plan = lower_edits(plan_edits(self.spec, table, banks), gm, self.spec.lowering)
             if plan.banks != banks:
                 raise LoweringError(f"a site is not what the model's configuration says: {_other(plan, banks)}")
-            splice(gm, plan, dict(zip(self._names, nodes, strict=True)))
+            splice(gm, plan, dict(zip(self._tables, nodes, strict=True)))
+        torch_compat.complete_examples(gm.graph)
         gm.graph.lint()
         gm.recompile()
         self.plans.append(plan)
+
+
+def _parts(tables: TableSet) -> dict[str, Tensor]:
+    """Tables by the names that the splice gives them: a tensor for each site, so that layers differ in their inputs
+    alone; a capture's bank has one site. Each is the same memory as its part of the bank, as a storage of its own: the
+    place in a storage is part of a compiled piece's key."""
+    found: dict[str, Tensor] = {}
+    for i, (bank, tensor) in enumerate(zip(tables.banks, tables.tensors, strict=True)):
+        if bank.kind == "capture":
+            found[bank_name(i)] = tensor
+        else:
+            found |= {slot_name(i, k): torch.from_dlpack(tensor[k]) for k in range(len(bank.sites))}
+    return found | tables.named((ROWS, SCALE, GAIN, DECODE))
 
 
 def expected_banks(spec: SteerSpec, shape: Shape) -> tuple[Bank, ...]:
