@@ -17,7 +17,7 @@ test: ## lint, types and the fast tests (CPU only)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -m "not gpu and not slow and not vllm"
 
 coverage: ## which model architectures of transformers are steered, one line each
 	@scripts/bootstrap.sh hf

@@ -1,8 +1,4 @@
-"""The prefix cache: a block's key holds the steering of the tokens in it.
-
-A block of prompt tokens carries what is added in prefill, one of generated tokens what is added in decode, and one with
-both carries both. Steering of decoded tokens alone leaves the prompt's blocks to be shared with everyone.
-"""
+"""The prefix cache: a block's key holds the steering of the tokens in it (`admission.block_keys`)."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Any
 
 from vllm.v1.core import block_pool, kv_cache_utils
 
-from steer_compile.vllm.requests import digests
+from steer_compile.vllm.admission import block_keys
 
 _NAME = "generate_block_hash_extra_keys"
 _USERS = (kv_cache_utils, block_pool)
@@ -41,19 +37,7 @@ def _keys(original: Callable[..., Any]) -> Callable[..., Any]:
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
         keys, following = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        own = steering_keys(request, start_token_idx, end_token_idx)
+        own = block_keys(request, start_token_idx, end_token_idx)
         return ((*(keys or ()), *own) if own else keys), following
 
     return generate_block_hash_extra_keys
-
-
-def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
-    """Keys of a block of tokens ``start`` to ``end``."""
-    params = request.sampling_params
-    prefill, decode = digests(params.extra_args if params is not None else None)
-    keys: list[tuple[str, str]] = []
-    if prefill and start < request.num_prompt_tokens:
-        keys.append(("steer_prefill", prefill))
-    if decode and end > request.num_prompt_tokens:
-        keys.append(("steer_decode", decode))
-    return tuple(keys)

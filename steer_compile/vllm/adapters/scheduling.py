@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_compile.vllm.adapters.compile_path import settings_of
-from steer_compile.vllm.requests import digests
+from steer_compile.vllm.admission import beyond
 
 
 def missing() -> str:
@@ -40,27 +40,3 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
             self.waiting.prepend_requests(reversed(held))  # in front of the others, in their order
 
     return schedule
-
-
-def keys_of(request: Any) -> set[tuple[str, str]]:
-    """Rows that a request needs: one for each phase and content."""
-    params = request.sampling_params
-    prefill, decode = digests(params.extra_args if params is not None else None)
-    return {key for key in (("prefill", prefill), ("decode", decode)) if key[1]}
-
-
-def beyond(capacity: int, running: Iterable[Any], waiting: Iterable[Any]) -> list[Any]:
-    """Waiting requests for which there are no rows. Behind the first of them, only requests pass that need no new row:
-    what becomes free is for those that waited longest.
-    """
-    taken: set[tuple[str, str]] = set()
-    for request in running:
-        taken |= keys_of(request)
-    held: list[Any] = []
-    for request in waiting:
-        new = keys_of(request) - taken
-        if new and (held or len(taken) + len(new) > capacity):
-            held.append(request)
-        else:
-            taken |= new
-    return held
