@@ -147,26 +147,52 @@ def test_chunks_of_a_prompt_are_steered_alike(models: Path, llm: Any) -> None:
 
 def test_a_warm_prefix_cache_gives_what_a_cold_one_gives(models: Path, llm: Any) -> None:
     """Blocks of steered prompts are their own; steering of decoded tokens alone shares the prompt's blocks."""
-    cached = engines.engine(engines.saved("llama", models), SPEC, enable_prefix_caching=True, block_size=16)
-    prompt = [list(range(10, 60))]
+    cached = engines.engine(engines.saved("llama", models), SPEC, enable_prefix_caching=True, block_size=32)
+    prompt = [list(range(10, 90))]
     steering: list[Any] = [None, at(1, vector(13, 2.0)), at(1, vector(14, 2.0)), at(1, vector(13, 2.0), "decode"), None]
     cold = [texts(generated(llm, [s], prompts=prompt))[0] for s in steering]
     for _ in range(2):
         warm = [texts(generated(cached, [s], prompts=prompt))[0] for s in steering]
         assert warm == cold
     # A prompt that holds what a steered request generated does not find that request's blocks.
-    longer = [prompt[0] + cold[3]]
+    (said,) = texts(generated(cached, [steering[3]], tokens=24, prompts=prompt))
+    longer = [prompt[0] + said]
     assert texts(generated(cached, [None], prompts=longer)) == texts(generated(llm, [None], prompts=longer))
+    assert hits(cached, None, prompt) == hits(cached, at(0, vector(15), "decode"), prompt) == 64
+    assert hits(cached, at(1, vector(13, 2.0)), prompt) == 64
+    assert hits(cached, at(1, vector(16, 2.0)), prompt) == 0
 
 
-def test_preempted_requests_go_on_as_if_nothing_had_happened(models: Path, llm: Any) -> None:
+def hits(llm: Any, steering: Any, prompts: list[list[int]]) -> int:
+    """Tokens of a prompt that the prefix cache had."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, detokenize=False, extra_args=None if steering is None else {"steer": steering})
+    (result,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
+    return int(result.num_cached_tokens)
+
+
+def test_preempted_requests_go_on_as_if_nothing_had_happened(
+    models: Path, llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Too few blocks for all requests at once: some are stopped and computed again."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
     small = engines.engine(
-        engines.saved("llama", models), SPEC, num_gpu_blocks_override=12, block_size=16, enable_prefix_caching=False
+        engines.saved("llama", models), SPEC, num_gpu_blocks_override=9, block_size=32, enable_prefix_caching=False
     )
+    stopped: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def noted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        stopped.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
     steering = [at(1, vector(30, 2.0)), None, at(2, vector(31, 2.0), "decode"), at(0, vector(32, 2.0), "prefill")]
     prompts = [list(range(10 + i, 40 + i)) for i in range(4)]
     got = texts(generated(small, steering, tokens=40, prompts=prompts))
+    assert stopped
     assert got == texts(generated(llm, steering, tokens=40, prompts=prompts))
 
 

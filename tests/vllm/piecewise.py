@@ -1,0 +1,86 @@
+"""A process that runs vLLM's own compilation (mode 3, cut into pieces) on a CPU: ``python -m tests.vllm.piecewise``.
+
+vLLM compiles whole graphs on a CPU. Four things are put back here, so that its piecewise back end runs as on a GPU: the
+mode that was asked for, no sizes of their own, no fusions of device kernels, and no pass over operators of a GPU.
+
+Arguments: the model's folder, and hooks to steer, none for an engine without a spec. Prints one line of JSON: tokens
+with nothing active and with a vector at each layer, the latters' log-probabilities, pieces that were compiled, artifacts that were loaded, splices.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm.compilation.counter import compilation_counter
+from vllm.compilation.passes import pass_manager
+from vllm.config import CompilationMode
+from vllm.platforms.cpu import CpuPlatform
+
+from steer_compile import SteerSpec
+from steer_compile.vllm.model import SteeredModel
+from tests.vllm import engines
+
+
+class _NoPass:
+    def __init__(self, *args: Any) -> None: ...
+
+    def __call__(self, graph: Any) -> None: ...
+
+    def uuid(self) -> str:
+        return "none"
+
+
+def allow_pieces() -> None:
+    """Let a CPU run mode 3."""
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def checked(cls: type, config: Any) -> None:
+        asked = config.compilation_config
+        kept = {name: vars(asked)[name] for name in ("mode", "backend", "ir_enable_torch_wrap")}
+        check(cls, config)
+        if kept["mode"] == CompilationMode.VLLM_COMPILE:
+            vars(asked).update(kept, backend=kept["backend"] or "inductor", compile_sizes=[])
+            flags = vars(asked.pass_config)
+            flags.update({name: False for name, value in flags.items() if isinstance(value, bool)})
+
+    CpuPlatform.check_and_update_config = classmethod(checked)
+    pass_manager.FixFunctionalizationPass = _NoPass
+
+
+def count_splices() -> list[int]:
+    splices: list[int] = []
+    original = SteeredModel.splice
+
+    def splice(self: SteeredModel, gm: Any) -> None:
+        original(self, gm)
+        splices.append(len(self.plans[-1].edits))
+
+    SteeredModel.splice = splice  # type: ignore[method-assign]
+    return splices
+
+
+def main() -> None:
+    folder, hooks = Path(sys.argv[1]), tuple(sys.argv[2:])
+    allow_pieces()
+    splices = count_splices()
+    spec = SteerSpec(steer=hooks, rows=8) if hooks else None
+    llm = engines.engine(folder, spec, compilation_config={"mode": 3})
+    from torch._dynamo.utils import counters
+
+    found: dict[str, Any] = {"idle": engines.texts(engines.generated(llm, [None]))[0]}
+    if hooks:
+        outputs = engines.generated(llm, [engines.at(n, engines.vector(1, 0.6)) for n in range(engines.LAYERS)])
+        found |= {"steered": engines.texts(outputs), "numbers": [engines.logprobs(o) for o in outputs]}
+    counts = {
+        "compiled": counters["aot_autograd"]["autograd_cache_miss"],
+        "loaded": compilation_counter.num_aot_artifacts_loaded,
+        "splices": splices,
+    }
+    print(json.dumps({**found, **counts}))
+
+
+if __name__ == "__main__":
+    main()
