@@ -30,9 +30,20 @@ def config(name: str) -> Any:
 
     if name == "gpt2":
         return hf.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=256, bos_token_id=1, eos_token_id=2
+            vocab_size=VOCABULARY,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=2,
+            n_positions=256,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    made = {"llama": hf.LlamaConfig, "qwen3": hf.Qwen3Config, "gemma3": hf.Gemma3TextConfig, "mixtral": hf.MixtralConfig}
+    made = {
+        "llama": hf.LlamaConfig,
+        "qwen3": hf.Qwen3Config,
+        "gemma3": hf.Gemma3TextConfig,
+        "mixtral": hf.MixtralConfig,
+    }
     more = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "gemma3": {"sliding_window": 64}}
     return made[name](**_COMMON, **more.get(name, {}))
 

@@ -11,7 +11,11 @@ import torch
 from steer_compile import SteerSpec
 from tests.vllm import engines
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("vllm_environment"),
+]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
@@ -26,7 +30,13 @@ def test_tokens_and_probabilities_are_those_of_a_forward_hook(name: str, models:
         engines.at(1, vector), engines.at(1, vector, "decode"), {**engines.at(1, vector), "scale": -2.0}, None,
         engines.at(3, vector),
     ]  # fmt: skip
-    wanted = [(1, vector, False), (1, vector, True), (1, -2 * vector, False), (0, 0 * vector, False), (3, vector, False)]
+    wanted = [
+        (1, vector, False),
+        (1, vector, True),
+        (1, -2 * vector, False),
+        (0, 0 * vector, False),
+        (3, vector, False),
+    ]
     outputs = engines.generated(llm, steering)
     for output, (layer, moved, decode_only) in zip(outputs, wanted, strict=True):
         tokens, numbers = engines.judged(judge, output, moved, layer, decode_only)

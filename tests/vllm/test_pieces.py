@@ -15,7 +15,11 @@ import torch
 from tests import _tree
 from tests.vllm import engines
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("vllm_environment"),
+]
 
 
 def run(model: Path, cache: Path, *hooks: str) -> dict[str, Any]:

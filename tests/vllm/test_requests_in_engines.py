@@ -14,7 +14,11 @@ from steer_compile.errors import SpecError, SteerError
 from tests.vllm import engines
 from tests.vllm.engines import at, generated, texts, vector
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("vllm_environment"),
+]
 
 SPEC = SteerSpec(steer=engines.HOOKS, rows=6, ops=("add", "row_monitor", "clamp"), clamps=2)
 
@@ -167,7 +171,9 @@ def hits(llm: Any, steering: Any, prompts: list[list[int]]) -> int:
     """Tokens of a prompt that the prefix cache had."""
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=1, detokenize=False, extra_args=None if steering is None else {"steer": steering})
+    params = SamplingParams(
+        max_tokens=1, detokenize=False, extra_args=None if steering is None else {"steer": steering}
+    )
     (result,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
     return int(result.num_cached_tokens)
 

@@ -1,0 +1,137 @@
+"""A request's steering as plain data: what is read, what is refused, and that it survives the way to the engine."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_compile import Clamp, Monitor, SteerSpec
+from steer_compile.errors import SiteNotFound, SpecError, SteerError, TableFull, VectorError
+from steer_compile.runtime.steering import Steering
+from steer_compile.runtime.vectors import TokenSelection
+from steer_compile.vllm.frontend import FrontEnd
+from steer_compile.vllm.model import Shape
+from steer_compile.vllm.requests import parse, plain
+from steer_compile.vllm.settings import Settings, build, cli_config, engine_args
+
+WIDTH = 8
+OPS = ("add", "row_monitor", "clamp")
+
+
+def front(rows: int = 4, **options: Any) -> FrontEnd:
+    spec = SteerSpec(steer=("post_block",), rows=rows, ops=OPS, dtype="float16", **options)
+    return FrontEnd(Settings(spec), Shape(WIDTH, torch.float16, range(4), 4))
+
+
+def test_steering_survives_the_way_to_the_engine() -> None:
+    vector = torch.linspace(-1, 1, WIDTH)
+    config = Steering(
+        base={"post_block": {3: vector}}, prefill={"post_block": {0: -vector}}, named=("calm", ("sad", -0.5)), scale=2.0,
+        tokens=TokenSelection(((0, 5), (-3, None)), last_prompt=True), monitors={("post_block", 1): Monitor(vector, 0.5)},
+        clamps={("post_block", 2): [Clamp(vector, lo=-1.0), Clamp(vector, value=0.0)]},
+    )  # fmt: skip
+    assert parse(plain(config)) == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_packed_vectors(dtype: torch.dtype) -> None:
+    vector = torch.linspace(-1, 1, WIDTH).to(dtype)
+    data = base64.b64encode(vector.view(torch.uint8).numpy().tobytes()).decode()
+    packed = {"dtype": str(dtype).removeprefix("torch."), "shape": [WIDTH], "data": data}
+    given_as = [
+        {"post_block": {"1": packed}},
+        {"layers.1.post_block": packed},
+        {"layers.1.post_block": vector.tolist()},
+    ]
+    assert len({parse(json.dumps({"base": item})).base.digest for item in given_as}) == 1
+
+
+BAD: dict[str, tuple[Any, type[SteerError]]] = {
+    "list": ([], SpecError),
+    "text": ("{", SpecError),
+    "field": ({"vectors": {}}, SpecError),
+    "named": ({"named": 3}, SpecError),
+    "factor": ({"named": [["calm", "much"]]}, VectorError),
+    "dtype": ({"base": {"post_block": {"1": {"dtype": "int8", "shape": [1], "data": ""}}}}, VectorError),
+    "shape": ({"base": {"post_block": {"1": {"dtype": "float32", "shape": [1, 2], "data": ""}}}}, VectorError),
+    "huge": ({"base": {"post_block": {"1": {"dtype": "float32", "shape": [1 << 40], "data": ""}}}}, VectorError),
+    "monitor": ({"monitors": {"layers.1.post_block": {"threshold": 1}}}, SpecError),
+    "clamp": ({"clamps": {"layers.1.post_block": {"direction": [1.0]}}}, SpecError),
+    "clamp field": ({"clamps": {"layers.1.post_block": [{"direction": [1.0], "low": 1}]}}, SpecError),
+    "span": ({"tokens": {"spans": [[0, 1, 2]]}}, SpecError),
+    "nothing": ({"tokens": {}}, SpecError),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_refused(name: str) -> None:
+    given_as, error = BAD[name]
+    with pytest.raises(error):
+        parse(given_as)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["base", "decode", "named", "scale", "tokens", "clamps", "monitors", "post_block", "1", "data",
+                         "dtype", "shape", "layers.1.post_block", "direction", "lo", "probe", "spans"]), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(JSON)
+def test_no_data_raises_anything_else(data: Any) -> None:
+    """What a client may send is either taken or refused by an error of the package."""
+    try:
+        front().checked(data)
+    except SteerError as error:
+        assert str(error).splitlines()[0]
+
+
+def test_the_front_end_knows_the_engines_sites_and_room() -> None:
+    ones = [1.0] * WIDTH
+    data, digests = front().checked({"decode": {"post_block": {"3": ones}}})
+    assert digests["prefill"] == "" != digests["decode"]
+    assert parse(data).decode
+    with pytest.raises(SiteNotFound):
+        front().checked({"base": {"post_block": {"4": ones}}})
+    with pytest.raises(SiteNotFound):
+        front().checked({"base": {"post_attn": {"1": ones}}})
+    with pytest.raises(VectorError, match="8 wide"):
+        front().checked({"base": {"post_block": {"1": [1.0]}}})
+    with pytest.raises(VectorError, match="overflow"):
+        front().checked({"base": {"post_block": {"1": [1e30] * WIDTH}}})
+    with pytest.raises(TableFull):
+        front(rows=1).checked({"base": {"post_block": {"1": ones}}})
+
+
+def test_digests_tell_contents_and_tokens_apart() -> None:
+    ones = [1.0] * WIDTH
+    base = {"base": {"post_block": {"1": ones}}}
+    seen = [front().checked(given_as)[1]["prefill"] for given_as in (
+        base, {**base, "scale": 2.0}, {**base, "tokens": {"last_prompt": True}},
+        {**base, "clamps": {"layers.1.post_block": [{"direction": ones, "value": 0}]}},
+    )]  # fmt: skip
+    assert len(set(seen)) == 4
+    assert front().checked(base)[1]["prefill"] == seen[0]
+
+
+def test_settings_are_read_as_they_are_written() -> None:
+    spec = SteerSpec(steer=("post_block",), rows=3, ops=OPS)
+    written = engine_args(spec)["additional_config"]
+    assert json.loads(cli_config(spec)) == written
+    read = Settings.read(written, 77, torch.bfloat16)
+    assert read is not None
+    assert (read.spec.rows, read.spec.max_tokens, read.spec.dtype, read.spec.ops) == (3, 77, "bfloat16", OPS)
+    assert Settings.read({}, 1, torch.float32) is None
+    with pytest.raises(SpecError, match="plain data"):
+        Settings.read({"steer_compile": spec}, 1, torch.float32)
+    with pytest.raises(SpecError, match="no file"):
+        engine_args(spec, {"calm": "nowhere.safetensors"})
+    assert build() == build() != ""

@@ -1,0 +1,143 @@
+"""Rows of tokens, waiting requests and block keys, against plain loops; no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_compile import SteerSpec
+from steer_compile.errors import TableFull
+from steer_compile.ir import Site
+from steer_compile.passes.plan_edits import reserve_banks
+from steer_compile.runtime.registry import Registry
+from steer_compile.vllm.admission import beyond, block_keys, row_keys
+from steer_compile.vllm.requests import DIGESTS, KEY
+from steer_compile.vllm.rows import RequestRows, Span
+
+WIDTH = 4
+ZERO, GLOBAL_PREFILL, GLOBAL_DECODE = 0, 1, 2
+
+
+def registry(rows: int = 64, tokens: int = 256) -> Registry:
+    spec = SteerSpec(steer=("post_block",), rows=rows, max_tokens=tokens, ops=("add", "row_monitor"))
+    made = Registry(spec)
+    site = Site(0, "post_block", "", WIDTH, torch.float32, (), "flat")
+    made.reserve(reserve_banks(spec, [site], 1), torch.device("cpu"))
+    return made
+
+
+def steering(kind: str, seed: int) -> dict[str, Any] | None:
+    vector = {"post_block": {"0": [float(seed + 1)] * WIDTH}}
+    tokens = {"spans": [[1, 3]], "generated": seed % 2 == 0}
+    return {
+        "none": None, "base": {"base": vector}, "prefill": {"prefill": vector}, "decode": {"decode": vector},
+        "some": {"base": vector, "tokens": tokens},
+    }[kind]  # fmt: skip
+
+
+KINDS = st.sampled_from(["none", "base", "prefill", "decode", "some"])
+REQUESTS = st.lists(
+    st.tuples(KINDS, st.integers(0, 3), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)), max_size=6
+)
+
+
+@given(st.lists(REQUESTS, min_size=1, max_size=3))
+def test_each_token_reads_the_row_of_its_request_and_position(
+    steps: list[list[tuple[str, int, int, int, int]]],
+) -> None:
+    made = registry()
+    rows = RequestRows(made)
+    names: list[str] = []
+    for number, step in enumerate(steps):
+        rows.drop(names)
+        names = [f"{number}.{i}" for i in range(len(step))]
+        spans = []
+        for name, (kind, seed, start, length, prompt) in zip(names, step, strict=True):
+            asked = steering(kind, seed)
+            rows.admit(name, None if asked is None else {KEY: asked})
+            spans.append(Span(name, start, length, prompt))
+        rows.step(spans)
+        expected, mask = [], []
+        for kind, seed, start, length, prompt in step:
+            for position in range(start, start + length):
+                decoded = position >= prompt
+                own = kind in ("base", "some") or kind == ("decode" if decoded else "prefill")
+                if kind == "some":
+                    own = seed % 2 == 0 if decoded else position in range(*slice(1, 3).indices(prompt))
+                expected.append(float(seed + 1) if own else 0.0)
+                mask.append(float(decoded))
+        table = made.tables.view("table", ("post_block", 0))
+        count = len(expected)
+        assert table[made.tables.rows[:count].long()][:, 0].tolist() == expected
+        assert made.tables.decode[:count].tolist() == mask
+        assert made.tables.rows[count:].count_nonzero() == 0  # what an earlier step left is gone
+    rows.drop(names)
+    assert (rows.live, made.tables.rows.numel()) == (0, 256)
+
+
+def test_without_a_free_row_a_request_is_not_run() -> None:
+    rows = RequestRows(registry(rows=1))
+    rows.admit("a", {KEY: steering("decode", 0)})
+    rows.admit("b", {KEY: steering("decode", 0)})  # the same content
+    with pytest.raises(TableFull):
+        rows.admit("c", {KEY: steering("decode", 1)})
+    rows.drop(["a", "b", "unknown"])
+    rows.admit("c", {KEY: steering("decode", 1)})
+
+
+def request(prefill: str = "", decode: str = "", prompt: int = 10) -> Any:
+    extra = {KEY: {}, DIGESTS: {"prefill": prefill, "decode": decode}} if prefill or decode else None
+    return SimpleNamespace(num_prompt_tokens=prompt, sampling_params=SimpleNamespace(extra_args=extra))
+
+
+@dataclass(frozen=True)
+class Case:
+    running: list[Any]
+    waiting: list[Any]
+    held: list[int]
+
+
+CASES = {
+    "room for all": Case([request("a", "b")], [request("c", "d"), request()], []),
+    "full": Case([request("a", "b"), request("c", "d")], [request("e"), request(), request("a", "b")], [0]),
+    "no overtaking": Case([request("a", "b"), request("c")], [request("e", "f"), request("g"), request("c")], [0, 1]),
+    "equal ones": Case([request("a", "b")] * 3, [request("c", "d"), request("c", "d"), request("e")], [2]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_who_waits_for_rows(name: str) -> None:
+    case = CASES[name]
+    held = beyond(4, case.running, case.waiting)
+    assert [case.waiting.index(r) for r in held] == case.held
+
+
+names = st.sampled_from(["", "a", "b", "c"])
+
+
+@given(st.lists(st.tuples(names, names)), st.lists(st.tuples(names, names)), st.integers(2, 6))
+def test_what_runs_always_has_rows(running: list[tuple[str, str]], waiting: list[tuple[str, str]], rows: int) -> None:
+    live = [request(*pair) for pair in running]
+    if len(set().union(*map(row_keys, live))) > rows:
+        return
+    queue = [request(*pair) for pair in waiting]
+    held = beyond(rows, live, queue)
+    admitted = [r for r in queue if not any(r is h for h in held)]
+    assert len(set().union(*map(row_keys, [*live, *admitted]))) <= rows
+    assert not held or len(set().union(*map(row_keys, [*live, *queue]))) > rows
+
+
+def test_keys_of_cached_blocks() -> None:
+    both = request("p", "d")
+    assert block_keys(both, 0, 8) == (("steer_prefill", "p"),)
+    assert block_keys(both, 8, 16) == (("steer_prefill", "p"), ("steer_decode", "d"))
+    assert block_keys(both, 10, 18) == (("steer_decode", "d"),)
+    assert block_keys(request(decode="d"), 0, 10) == ()
+    assert block_keys(request(), 0, 32) == ()
+    assert block_keys(SimpleNamespace(num_prompt_tokens=4, sampling_params=None), 0, 8) == ()
