@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.dlpack import from_dlpack
 
 from steer_compile import torch_compat
 from steer_compile.errors import LoweringError, SiteNotFound
@@ -92,7 +93,7 @@ def _parts(tables: TableSet) -> dict[str, Tensor]:
         if bank.kind == "capture":
             found[bank_name(i)] = tensor
         else:
-            found |= {slot_name(i, k): torch.from_dlpack(tensor[k]) for k in range(len(bank.sites))}
+            found |= {slot_name(i, k): from_dlpack(tensor[k]) for k in range(len(bank.sites))}
     return found | tables.named((ROWS, SCALE, GAIN, DECODE))
 
 

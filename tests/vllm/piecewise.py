@@ -4,7 +4,8 @@ vLLM compiles whole graphs on a CPU. Four things are put back here, so that its 
 mode that was asked for, no sizes of their own, no fusions of device kernels, and no pass over operators of a GPU.
 
 Arguments: the model's folder, and hooks to steer, none for an engine without a spec. Prints one line of JSON: tokens
-with nothing active and with a vector at each layer, the latters' log-probabilities, pieces that were compiled, artifacts that were loaded, splices.
+with nothing active, tokens and log-probabilities with a vector at each layer, pieces that were compiled, artifacts that
+were loaded, splices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM's own back end: the graph is cut at attention, equal pieces are compiled once, artifacts are stored and loaded."""
+"""vLLM's own back end: it cuts the graph at attention, compiles equal pieces once, stores and loads artifacts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ pytestmark = [
 def run(model: Path, cache: Path, *hooks: str) -> dict[str, Any]:
     """What a process of its own prints."""
     env = os.environ | {
-        "PYTHONPATH": str(_tree.ROOT), "VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "PYTHONPATH": str(_tree.ROOT), "VLLM_CACHE_ROOT": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "VLLM_CPU_CI_ENV": "0",
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.vllm.piecewise", str(model), *hooks]
