@@ -135,11 +135,12 @@ class Dataflow:
 
 
 def is_state(node: fx.Node) -> bool:
-    """Whether a placeholder or attribute is a parameter or buffer of the model."""
+    """Whether a placeholder or attribute is a parameter or buffer of the model, or what a kernel keeps of one."""
     if node.op == "get_attr":
         return True
     name = str(node.target)
-    return node.op == "placeholder" and ("_parameters_" in name or "_buffers_" in name or name.startswith("p_"))
+    held = any(part in name for part in ("_parameters_", "_buffers_", "_cell_contents_"))
+    return node.op == "placeholder" and (held or name.startswith("p_"))
 
 
 class _Aliases:

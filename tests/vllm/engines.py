@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,8 +64,10 @@ def saved(name: str, folder: Path) -> Path:
 
 
 def engine(model: Path, spec: SteerSpec | None = None, **options: Any) -> Any:
-    """An engine in this process."""
+    """An engine in this process. Engines share what vLLM keeps for a process, so an old one goes before a new one."""
     from vllm import LLM
+
+    gc.collect()
 
     steered = engine_args(spec, options.pop("vectors", None)) if spec is not None else {}
     given = {"dtype": "float32", "skip_tokenizer_init": True, "seed": 0, **LENGTHS, **options}

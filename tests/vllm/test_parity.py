@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,20 @@ import pytest
 import torch
 
 from steer_compile import SteerSpec
+from tests import _tree
 from tests.vllm import engines
+from tests.vllm.transformers_backend import STEERING
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.filterwarnings("default"),
     pytest.mark.usefixtures("vllm_environment"),
 ]
+
+
+def printed(text: str) -> Any:
+    """The line of JSON among what vLLM's processes print."""
+    return json.loads([line for line in text.splitlines() if line.startswith("[[")][-1])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
@@ -43,3 +54,27 @@ def test_tokens_and_probabilities_are_those_of_a_forward_hook(name: str, models:
         assert list(output.token_ids) == tokens
         assert engines.logprobs(output) == pytest.approx(numbers, abs=2e-4)
     assert len({tuple(t) for t in engines.texts(outputs)}) >= 3  # the vectors do something
+
+
+def test_the_transformers_backend_is_steered_as_the_native_model_is(models: Path) -> None:
+    path = engines.saved("llama", models)
+    command = [sys.executable, "-m", "tests.vllm.transformers_backend", str(path)]
+    done = subprocess.run(command, cwd=_tree.ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    native = engines.engine(path, SteerSpec(steer=engines.HOOKS, rows=8))
+    expected = engines.texts(engines.generated(native, STEERING))
+    assert printed(done.stdout) == expected
+    assert len({tuple(t) for t in expected}) == len(STEERING)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_processes_and_ranks_give_the_same(ranks: int, models: Path) -> None:
+    """An engine core of its own, and tensor parallel workers: the site is behind the all-reduce, rows are alike."""
+    path = engines.saved("llama", models)
+    native = engines.engine(path, SteerSpec(steer=engines.HOOKS, rows=8))
+    expected = engines.texts(engines.generated(native, STEERING))
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])}
+    command = [sys.executable, "-m", "tests.vllm.processes", str(path), str(ranks)]
+    done = subprocess.run(command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert printed(done.stdout) == expected

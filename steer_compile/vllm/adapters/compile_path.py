@@ -15,6 +15,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
 
 from steer_compile import torch_compat
+from steer_compile.errors import LoweringError
 from steer_compile.vllm.adapters import runner_v1
 from steer_compile.vllm.model import Shape, SteeredModel
 from steer_compile.vllm.settings import Settings, build, load_vectors
@@ -66,6 +67,8 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _attached(model: Any, config: VllmConfig, settings: Settings) -> SteeredModel:
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise LoweringError("pipeline stages are not steered yet; use tensor parallelism (pipeline_parallel_size=1)")
     steered = SteeredModel(settings.spec, shape_of(config), torch.get_default_device())
     for name, path in settings.vectors:
         steered.registry.register_vectors(name, load_vectors(path))
