@@ -135,6 +135,17 @@ def test_an_engine_without_a_spec_refuses_steering(models: Path) -> None:
         generated(plain, [at(1, vector(1))])
 
 
+@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"compilation_config": {"mode": 1}}])
+def test_an_engine_without_a_graph_is_refused_at_the_start(options: dict[str, Any], models: Path) -> None:
+    with pytest.raises(SteerError, match="no graph to steer"):
+        engines.engine(engines.saved("llama", models), SPEC, **options)
+
+
+def test_a_spec_that_is_none_is_refused_at_the_start(models: Path) -> None:
+    with pytest.raises(SteerError, match="unknown key 'stear'"):
+        engines.engine(engines.saved("llama", models), additional_config={"steer_compile": {"stear": ["post_block"]}})
+
+
 def test_a_layer_that_the_model_lacks_is_refused_at_the_start(models: Path) -> None:
     with pytest.raises(SteerError, match=r"layers\.9\.post_block: the model has layers 0 to 3"):
         engines.engine(engines.saved("llama", models), SteerSpec(steer=("post_block",), layers=(9,)))

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from steer_compile.errors import SpecError
-from steer_compile.vllm.adapters.compile_path import settings_of, shape_of
+from steer_compile.vllm.adapters.compile_path import check, settings_of, shape_of
 from steer_compile.vllm.frontend import FrontEnd
 from steer_compile.vllm.requests import DIGESTS, KEY
 
@@ -38,6 +38,8 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         config = self.vllm_config
         settings = settings_of(config)
+        if settings is not None:
+            check(config)
         _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config))
 
     return __init__

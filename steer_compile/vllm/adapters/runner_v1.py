@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from steer_compile.errors import LoweringError
+from steer_compile.errors import LoweringError, NotSteered
 from steer_compile.vllm.model import SteeredModel
 from steer_compile.vllm.rows import RequestRows, Span
+from steer_compile.vllm.settings import KEY
 
 _MODULE = "vllm.v1.worker.gpu_model_runner"
 _ROWS: WeakKeyDictionary[Any, RequestRows] = WeakKeyDictionary()
@@ -31,12 +32,10 @@ def announce(config: Any, steered: SteeredModel) -> None:
     """A runner is building this model; from its first step on it writes rows.
 
     Raises:
-        LoweringError: the runner is not the V1 runner.
+        LoweringError: the model is not built by the V1 runner.
     """
-    if config.use_v2_model_runner or _MODULE not in sys.modules:
-        raise LoweringError(
-            "vLLM's model runner V2 is not steered; set VLLM_USE_V2_MODEL_RUNNER=0, which takes the runner V1"
-        )
+    if _MODULE not in sys.modules:
+        raise LoweringError(f"the model is built outside of {_MODULE}, and nothing would write the rows of its tokens")
     runner: Any = sys.modules[_MODULE]
     if runner.GPUModelRunner not in _patched:
         runner.GPUModelRunner._prepare_inputs = _prepare(runner.GPUModelRunner._prepare_inputs)
@@ -49,6 +48,11 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         result = original(self, scheduler_output, num_scheduled_tokens)
         rows = _rows_of(self)
+        if rows is None and KEY in (self.vllm_config.additional_config or {}):
+            raise NotSteered(
+                "this engine has a spec, and its model was built without tables; no step runs unsteered: report the "
+                "model and the version of vLLM"
+            )
         if rows is not None:
             rows.drop(scheduler_output.finished_req_ids)
             rows.drop(scheduler_output.preempted_req_ids or ())
