@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from steer_compile import SteerSpec
-from steer_compile.errors import SpecError, SteerError
+from steer_compile.errors import SteerError
 from tests.vllm import engines
 from tests.vllm.engines import at, generated, texts, vector
 
@@ -131,7 +131,7 @@ def test_bad_requests_are_refused_and_the_engine_lives(name: str, llm: Any) -> N
 
 def test_an_engine_without_a_spec_refuses_steering(models: Path) -> None:
     plain = engines.engine(engines.saved("llama", models))
-    with pytest.raises(SpecError, match="has no spec"):
+    with pytest.raises(SteerError, match="has no spec"):
         generated(plain, [at(1, vector(1))])
 
 

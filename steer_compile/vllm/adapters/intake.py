@@ -9,12 +9,24 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from steer_compile.errors import SpecError
+from steer_compile.errors import SteerError
 from steer_compile.vllm.adapters.compile_path import check, settings_of, shape_of
 from steer_compile.vllm.frontend import FrontEnd
 from steer_compile.vllm.requests import DIGESTS, KEY
+
+
+class RefusedRequest(SteerError, VLLMValidationError):
+    """A request whose steering the engine cannot do: an error of this package, and one that a server answers by 400."""
+
+    def __init__(self, message: str) -> None:
+        VLLMValidationError.__init__(self, message, parameter=KEY)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
 
 _FRONT_ENDS: WeakKeyDictionary[Any, FrontEnd | None] = WeakKeyDictionary()
 
@@ -57,11 +69,14 @@ def _process(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         front = _FRONT_ENDS.get(self)
         if front is None:
-            raise SpecError(
+            raise RefusedRequest(
                 "the request asks for steering, and this engine has no spec; start it with "
                 "additional_config={'steer_compile': {'steer': ['post_block']}}"
             )
-        data, digests = front.checked(given[KEY])
+        try:
+            data, digests = front.checked(given[KEY])
+        except SteerError as error:
+            raise RefusedRequest(str(error)) from error
         made = params.clone()
         made.extra_args = {**given, KEY: data, DIGESTS: digests}
         if "params" in kwargs:
