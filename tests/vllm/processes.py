@@ -1,4 +1,4 @@
-"""An engine in processes of its own: ``python -m tests.vllm.processes FOLDER RANKS``. Prints the tokens as JSON."""
+"""An engine in processes of its own: ``python -m tests.vllm.processes FOLDER RANKS [ngram]``. Prints tokens as JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from steer_compile import SteerSpec
 from tests.vllm import engines
 from tests.vllm.transformers_backend import STEERING
 
+TOKENS = 24
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
 if __name__ == "__main__":
+    more = {"speculative_config": NGRAM} if "ngram" in sys.argv[3:] else {}
     llm = engines.engine(
-        Path(sys.argv[1]), SteerSpec(steer=engines.HOOKS, rows=8), tensor_parallel_size=int(sys.argv[2])
+        Path(sys.argv[1]), SteerSpec(steer=engines.HOOKS, rows=8), tensor_parallel_size=int(sys.argv[2]), **more
     )
-    print(json.dumps(engines.texts(engines.generated(llm, STEERING))))
+    print(json.dumps(engines.texts(engines.generated(llm, STEERING, TOKENS))))

@@ -15,6 +15,7 @@ import torch
 from steer_compile import SteerSpec
 from tests import _tree
 from tests.vllm import engines
+from tests.vllm.processes import TOKENS
 from tests.vllm.transformers_backend import STEERING
 
 pytestmark = [
@@ -67,14 +68,17 @@ def test_the_transformers_backend_is_steered_as_the_native_model_is(models: Path
     assert len({tuple(t) for t in expected}) == len(STEERING)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_processes_and_ranks_give_the_same(ranks: int, models: Path) -> None:
-    """An engine core of its own, and tensor parallel workers: the site is behind the all-reduce, rows are alike."""
+@pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, []), (1, ["ngram"])])
+def test_processes_and_ranks_give_the_same(ranks: int, more: list[str], models: Path) -> None:
+    """An engine core of its own, and tensor parallel workers: the site is behind the all-reduce, rows are alike.
+
+    With drafts of an n-gram proposer, rows follow their tokens: some drafts are taken, others are computed again.
+    """
     path = engines.saved("llama", models)
     native = engines.engine(path, SteerSpec(steer=engines.HOOKS, rows=8))
-    expected = engines.texts(engines.generated(native, STEERING))
+    expected = engines.texts(engines.generated(native, STEERING, TOKENS))
     env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])}
-    command = [sys.executable, "-m", "tests.vllm.processes", str(path), str(ranks)]
+    command = [sys.executable, "-m", "tests.vllm.processes", str(path), str(ranks), *more]
     done = subprocess.run(command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert printed(done.stdout) == expected
