@@ -91,6 +91,12 @@ def test_a_request_is_steered_and_the_next_one_is_not(client: Any) -> None:
     assert steered != plain == said(client, json.dumps({**moved, "scale": 0.0})) == said(client)
 
 
+def test_rows_of_finished_requests_are_free_again(client: Any) -> None:
+    """Each takes two of the eight rows, and the engine is idle between them."""
+    answers = [said(client, json.dumps(engines.at(1, engines.vector(40 + n, 2.0)))) for n in range(12)]
+    assert len(set(answers)) > 6
+
+
 def test_malformed_steering_is_answered_by_400_and_nothing_dies(client: Any) -> None:
     import openai
 

@@ -38,9 +38,24 @@ def announce(config: Any, steered: SteeredModel) -> None:
         raise LoweringError(f"the model is built outside of {_MODULE}, and nothing would write the rows of its tokens")
     runner: Any = sys.modules[_MODULE]
     if runner.GPUModelRunner not in _patched:
+        runner.GPUModelRunner._update_states = _update(runner.GPUModelRunner._update_states)
         runner.GPUModelRunner._prepare_inputs = _prepare(runner.GPUModelRunner._prepare_inputs)
         _patched.append(runner.GPUModelRunner)
     _ANNOUNCED[id(config)] = steered
+
+
+def _update(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Rows become free at every step, also at one without tokens, which tells an idle engine what has finished."""
+
+    @functools.wraps(original)
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        rows = _rows_of(self)
+        if rows is not None:
+            rows.drop(scheduler_output.finished_req_ids)
+            rows.drop(scheduler_output.preempted_req_ids or ())
+        return original(self, scheduler_output)
+
+    return _update_states
 
 
 def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,8 +69,6 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
                 "model and the version of vLLM"
             )
         if rows is not None:
-            rows.drop(scheduler_output.finished_req_ids)
-            rows.drop(scheduler_output.preempted_req_ids or ())
             rows.step(list(_spans(self, rows, num_scheduled_tokens)))
         return result
 
