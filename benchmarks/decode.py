@@ -10,12 +10,9 @@ tables of its own, and a matrix product with 32 MiB of weights stands before eac
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,14 +109,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 64, 256])
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--commit", default=None)
-    parser.add_argument("--out", type=Path, default=records.RESULTS)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("the decode benchmark needs a CUDA device")
-    where = records.environment(options.commit)
-    print(json.dumps(where), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options, where = records.begin(parser)
     table = []
     with torch.no_grad():
         for tokens in options.tokens:

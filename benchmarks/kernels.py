@@ -9,12 +9,9 @@ Needs a CUDA device. An op whose result differs from fp64 is reported as red, wi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -202,18 +199,13 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
     parser.add_argument("--widths", type=int, nargs="*", default=[], help="measure these alone")
-    parser.add_argument("--commit", default=None)
-    parser.add_argument("--out", type=Path, default=records.RESULTS)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("the kernel benchmark needs a CUDA device")
-    where = {**records.environment(options.commit), "copy_tb_per_s": round(timing.copy_bandwidth(), 3)}
-    print(json.dumps(where), flush=True)
+    options, where = records.begin(parser)
+    where["copy_tb_per_s"] = round(timing.copy_bandwidth(), 3)
+    print(where["copy_tb_per_s"], "TB/s of a copy", flush=True)
     if options.tune:
         tune()
         narrow_tables()
         return
-    options.out.mkdir(parents=True, exist_ok=True)
     table = []
     with torch.no_grad():
         for case in cases(tuple(options.tokens), WIDTHS):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 SUMMARY = RESULTS / "summary.json"
@@ -20,6 +24,19 @@ FIELDS = {
     "command": (str,),
 }  # fmt: skip
 """Fields of a summary record and their types. ``reason`` is added where ``measured`` is null."""
+
+
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Options of a GPU benchmark, ``--commit`` and ``--out`` among them, and where it runs. Ends without a device."""
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    where = environment(options.commit)
+    print(json.dumps(where), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options, where
 
 
 def problems(records: object) -> list[str]:
@@ -46,7 +63,6 @@ def problems(records: object) -> list[str]:
 
 def environment(commit: str | None = None) -> dict[str, Any]:
     """Card, driver, versions, date and commit."""
-    import torch
     import transformers
 
     driver = None

@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import random
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -201,17 +199,10 @@ def main() -> None:
     parser.add_argument("--plain-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--calls", type=int, default=10)
-    parser.add_argument("--commit", default=None)
-    parser.add_argument("--out", type=Path, default=records.RESULTS)
     parser.add_argument("--turns", type=Path, default=Path(tempfile.gettempdir()) / "steer-compile-turns")
     parser.add_argument("--processes", type=int, default=1, help="processes that build side by side (benchmarks/turns)")
     parser.add_argument("--patience", type=float, default=400.0, help="seconds to wait for the others")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("the site benchmark needs a CUDA device")
-    where = records.environment(options.commit)
-    print(json.dumps(where), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options, where = records.begin(parser)
     with torch.no_grad():
         for tokens in options.tokens:
             torch._dynamo.reset()

@@ -215,8 +215,8 @@ def _filled(node: fx.Node) -> list[fx.Node]:
     """Tensors that an operator fills, where it gives no result: kernels of vLLM take their output as an argument."""
     if node.op != "call_function" or shape_of(node) is not None:
         return []
-    places = torch_compat.written_arguments(node.target)
-    found = [node.args[i] for i in places if i < len(node.args)]
+    written = torch_compat.written_arguments(node.target)
+    found = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in written]
     return [arg for arg in found if isinstance(arg, fx.Node)]
 
 

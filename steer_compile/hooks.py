@@ -41,8 +41,8 @@ _ALIASES = {
     "hook_mlp_out": "mlp_out",
 }
 _WRITE = re.compile(r"write_\d+")
-_TL_SITE = re.compile(r"blocks\.(\d+)\.(\w+)")
-_SITE = re.compile(r"layers\.(-?\d+)\.(\w+)")
+_TL_SITE = re.compile(r"blocks\.(\d{1,9})\.(\w+)")
+_SITE = re.compile(r"layers\.(-?\d{1,9})\.(\w+)")
 
 
 def parse_hook(name: str) -> str:

@@ -110,14 +110,14 @@ def namespace(target: object) -> str:
     return str(target.namespace) if isinstance(target, torch._ops.OpOverload) else ""
 
 
-def written_arguments(target: object) -> tuple[int, ...]:
-    """Places of the arguments that an operator writes in place, by its schema. Run on torch 2.13."""
+def written_arguments(target: object) -> tuple[tuple[int, str], ...]:
+    """Place and name of each argument that an operator writes in place, by its schema. Run on torch 2.13."""
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, target.overloads()[0])
     if not isinstance(target, torch._ops.OpOverload):
         return ()
     written = enumerate(target._schema.arguments)
-    return tuple(i for i, a in written if a.alias_info is not None and a.alias_info.is_write)
+    return tuple((i, a.name) for i, a in written if a.alias_info is not None and a.alias_info.is_write)
 
 
 def is_higher_order(target: object) -> bool:

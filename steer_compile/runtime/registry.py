@@ -58,18 +58,20 @@ class Registry:
         Raises:
             SiteNotFound, VectorError: something set earlier does not fit the compiled sites.
         """
-        with self._lock, torch.no_grad():
+        with self._lock:
             self._scope.partial |= table.partial
-            self.tables.grow(plan.banks, device)
-            self._rows.check_all()
-            self.sites.check_all()
-            self._rows.write_all()
-            self.sites.bind()
+            self.reserve(plan.banks, device)
 
     def reserve(self, banks: tuple[Bank, ...], device: torch.device) -> None:
-        """Allocate tensors for sites that a graph yet to come will have, nothing set."""
+        """Allocate tensors, also for sites that a graph yet to come will have, and write what is set already.
+
+        Raises:
+            SiteNotFound, VectorError: something set earlier does not fit the sites.
+        """
         with self._lock, torch.no_grad():
             self.tables.grow(banks, device)
+            self._rows.check_all()
+            self.sites.check_all()
             self._rows.write_all()
             self.sites.bind()
 

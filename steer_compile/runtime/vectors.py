@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import numbers
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from steer_compile.hooks import parse_hook, parse_site
 
 SiteKey: TypeAlias = tuple[str, int]
 PHASES = ("prefill", "decode")
+_LAYER = re.compile(r"-?[0-9]{1,9}")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -98,7 +100,7 @@ def site_key(site: object) -> SiteKey:
 
 
 def _site(hook: object, layer: object) -> SiteKey:
-    if isinstance(layer, bool) or not str(layer).removeprefix("-").isdecimal():
+    if isinstance(layer, bool) or not _LAYER.fullmatch(str(layer)):
         raise SpecError(f"layer {layer!r} of {hook!r} is no layer number; give {{hook: {{layer: vector}}}}")
     return parse_hook(str(hook)), int(str(layer))
 
@@ -115,7 +117,7 @@ def checked_vector(name: str, value: Any, dtype: torch.dtype = torch.float32) ->
     """
     try:
         tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         text = f"{name} is a {type(value).__name__} that is no tensor ({error}); give a 1-D tensor"
         raise VectorError(text) from error
     if not tensor.dtype.is_floating_point:

@@ -16,18 +16,25 @@ def register() -> None:
     """
     if _installed:
         return
-    adapters = _adapters()
+    try:
+        adapters = _adapters()
+    except ImportError as error:
+        raise _unfit(str(error)) from error
     missing = [f"{a.__name__.rpartition('.')[2]}: {what}" for a in adapters if (what := a.missing())]
     if missing:
-        from vllm import __version__
-
-        raise SteerError(
-            f"steer_compile does not fit vLLM {__version__}: {'; '.join(missing)}; "
-            "use vLLM 0.26 to 0.32, or uninstall steer_compile to run without it"
-        )
+        raise _unfit("; ".join(missing))
     for adapter in adapters:
         adapter.install()
         _installed.append(adapter.__name__)
+
+
+def _unfit(what: str) -> SteerError:
+    from vllm import __version__
+
+    return SteerError(
+        f"steer_compile does not fit vLLM {__version__}: {what}; use vLLM 0.32, or uninstall steer_compile to run "
+        "without it"
+    )
 
 
 def _adapters() -> tuple[Adapter, ...]:

@@ -108,7 +108,7 @@ def _decoded(given: object) -> object:
         return given
     try:
         return json.loads(given)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists
         raise SpecError(
             f"steer is text that is not JSON ({error}); give an object such as {{'named': [...]}}"
         ) from error
@@ -141,11 +141,11 @@ def _vector(name: str, given: object) -> Any:
     """Numbers, or a packed vector unpacked; `vector_set` checks them."""
     if not isinstance(given, Mapping):
         return given
-    if set(given) != {"dtype", "shape", "data"} or given["dtype"] not in _DTYPES:
+    if set(given) != {"dtype", "shape", "data"} or str(given["dtype"]) not in _DTYPES:
         raise VectorError(
             f"{name} is no packed vector; give dtype ({', '.join(_DTYPES)}), shape and data (base64, little-endian)"
         )
-    shape, dtype = given["shape"], _DTYPES[given["dtype"]]
+    shape, dtype = given["shape"], _DTYPES[str(given["dtype"])]
     if not isinstance(shape, list) or len(shape) != 1 or not isinstance(shape[0], int) or shape[0] < 1:
         raise VectorError(f"{name} has the packed shape {shape!r}; give one dimension")
     if shape[0] > MAX_NUMBERS:
@@ -168,7 +168,10 @@ def _tokens(given: object) -> TokenSelection:
     spans = data.get("spans", [])
     if not isinstance(spans, list):
         raise SpecError(f"tokens has spans={spans!r}; give pairs such as [[0, 5]]")
-    return TokenSelection(tuple(spans), bool(data.get("last_prompt")), bool(data.get("generated")))
+    flags = [data.get(name, False) for name in ("last_prompt", "generated")]
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise SpecError(f"tokens has last_prompt={flags[0]!r} and generated={flags[1]!r}; give true or false")
+    return TokenSelection(tuple(spans), *flags)
 
 
 def _monitor(given: object) -> Monitor:

@@ -30,7 +30,7 @@ class RequestRows:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._handles: dict[str, Handle] = {}
-        self._last = 0
+        self._last, self._decoded = np.zeros(0, np.int32), np.zeros(0, np.bool_)
 
     @property
     def live(self) -> int:
@@ -81,9 +81,15 @@ class RequestRows:
         self._write(picked.astype(np.int32), decoded)
 
     def _write(self, rows: npt.NDArray[np.int32], decoded: npt.NDArray[np.bool_]) -> None:
-        """Hand the step to the tables; what the last step had behind this one's end is nothing again."""
-        room = max(rows.size, self._last)
+        """Hand the step to the tables, unless they hold just it, as in steady decoding.
+
+        What the last step had behind this one's end is nothing again.
+        """
+        before = self._last.size
+        if before == rows.size and np.array_equal(self._last, rows) and np.array_equal(self._decoded, decoded):
+            return
+        room = max(rows.size, before)
         padded = np.zeros(room, np.int32), np.zeros(room, np.bool_)
         padded[0][: rows.size], padded[1][: rows.size] = rows, decoded
         self._registry.set_tokens(*padded)
-        self._last = rows.size
+        self._last, self._decoded = rows, decoded

@@ -19,6 +19,9 @@ from steer_compile.spec import SteerSpec
 KEY = "steer_compile"
 """Key of the settings in vLLM's ``additional_config``."""
 
+REQUEST_OPS = ("add", "row_monitor", "clamp")
+"""Op families whose data a request brings."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,7 +45,7 @@ class Settings:
                 leaves sums unrounded.
 
         Raises:
-            SpecError: the entry is no spec.
+            SpecError: the entry is no spec, or one of what vLLM does not offer.
         """
         given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
         if given is None:
@@ -52,9 +55,24 @@ class Settings:
                 f"additional_config[{KEY!r}] is a {type(given).__name__}; give the spec as plain data, such as "
                 "{'steer': ['post_block']} (steer_compile.vllm.engine_args makes it of a SteerSpec)"
             )
-        plain = {key: value for key, value in given.items() if key not in ("vectors", "build")}
+        plain = {key: value for key, value in given.items() if key != "vectors"}
         spec = SteerSpec.from_dict({"dtype": dtype, **plain, "max_tokens": max_tokens})
+        _check_reach(spec)
         return cls(spec, _files(given.get("vectors", {})))
+
+
+def _check_reach(spec: SteerSpec) -> None:
+    """Refuse what no request of an engine could reach, rather than compile it in for nothing."""
+    if spec.capture:
+        raise SpecError(
+            f"the spec captures {spec.capture[0].hook}, and captures cannot be read from vLLM; leave it out"
+        )
+    idle = sorted({op for selection in spec.steer for op in selection.ops} - set(REQUEST_OPS))
+    if idle:
+        raise SpecError(
+            f"the spec has the op family {idle[0]!r}, which no request of vLLM can set; the families of requests are "
+            f"{', '.join(REQUEST_OPS)}"
+        )
 
 
 def _files(vectors: object) -> tuple[tuple[str, str], ...]:

@@ -66,6 +66,13 @@ BAD: dict[str, tuple[Any, type[SteerError]]] = {
     "clamp": ({"clamps": {"layers.1.post_block": {"direction": [1.0]}}}, SpecError),
     "clamp field": ({"clamps": {"layers.1.post_block": [{"direction": [1.0], "low": 1}]}}, SpecError),
     "span": ({"tokens": {"spans": [[0, 1, 2]]}}, SpecError),
+    "deep": ("[" * 100_000, SpecError),
+    "digits": ("1" * 5000, SpecError),
+    "layer of many digits": ({"base": {"post_block": {"9" * 5000: [1.0]}}}, SpecError),
+    "site of many digits": ({"base": {"layers." + "9" * 5000 + ".post_block": [1.0]}}, SpecError),
+    "dtype that is a list": ({"base": {"post_block": {"1": {"dtype": [], "shape": [1], "data": ""}}}}, VectorError),
+    "too large for a float": ({"base": {"post_block": {"1": [1.0, 10**400]}}}, VectorError),
+    "flag that is text": ({"tokens": {"generated": "false"}}, SpecError),
     "nothing": ({"tokens": {}}, SpecError),
 }
 
@@ -134,6 +141,9 @@ def test_settings_are_read_as_they_are_written() -> None:
     assert Settings.read({}, 1, torch.float32) is None
     with pytest.raises(SpecError, match="plain data"):
         Settings.read({"steer_compile": spec}, 1, torch.float32)
+    for what, part in (("captures", {"capture": ["post_block"]}), ("'tier'", {"ops": ["add", "tier"]})):
+        with pytest.raises(SpecError, match=what):
+            Settings.read({"steer_compile": {"steer": ["post_block"], **part}}, 1, torch.float32)
     with pytest.raises(SpecError, match="no file"):
         engine_args(spec, {"calm": "nowhere.safetensors"})
     assert build() == build() != ""

@@ -81,6 +81,16 @@ def test_each_token_reads_the_row_of_its_request_and_position(
     assert (rows.live, made.tables.rows.numel()) == (0, 256)
 
 
+def test_a_step_that_the_tables_hold_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, sent = registry(), []
+    monkeypatch.setattr(made, "set_tokens", lambda rows, decoded: sent.append((rows.tolist(), decoded.tolist())))
+    rows = RequestRows(made)
+    for start, length in ((3, 1), (4, 1), (0, 2), (5, 1)):
+        rows.step([Span("a", start, length, 3)])
+    decoded, prompt = ([GLOBAL_DECODE], [True]), ([GLOBAL_PREFILL] * 2, [False] * 2)
+    assert sent == [decoded, prompt, ([GLOBAL_DECODE, ZERO], [True, False])]
+
+
 def test_without_a_free_row_a_request_is_not_run() -> None:
     rows = RequestRows(registry(rows=1))
     rows.admit("a", {KEY: steering("decode", 0)})

@@ -109,6 +109,8 @@ def test_malformed_steering_is_answered_by_400_and_nothing_dies(client: Any) -> 
         '{"scale": 1e999}', '{"tokens": {"spans": [[0]]}}', '{"clamps": {"layers.1.post_block": [{}]}}',
         '{"monitors": 4}', '{"decode": {"": {"": []}}}', json.dumps({"a" * draw.randrange(9): draw.random()}),
         '{"base": {"post_block": {"-1": [1.0]}}}', '{"named": [["x", "y"]]}', '{"named": {"x": 1}}', "[" * 500,
+        "[" * 100_000, "1" * 5000, '{"base": {"post_block": {"1": {"dtype": [], "shape": [1], "data": ""}}}}',
+        '{"base": {"post_block": {"1": [1.0, 1' + "0" * 400 + "]}}}",
     ]  # fmt: skip
     for _ in range(2000):
         text = draw.choice(pieces)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_compile.vllm.adapters.compile_path import settings_of
 from steer_compile.vllm.admission import beyond
+
+_ROWS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""Rows that a scheduler's engine has, 0 without a spec."""
 
 
 def missing() -> str:
@@ -25,12 +29,14 @@ def install() -> None:
 def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = settings_of(self.vllm_config)
-        if settings is None:
+        if self not in _ROWS:
+            settings = settings_of(self.vllm_config)
+            _ROWS[self] = 0 if settings is None else settings.spec.rows
+        if not _ROWS[self] or not self.waiting:
             return original(self, *args, **kwargs)
         # Requests whose KV blocks come from elsewhere wait in a queue of their own and are admitted first.
         admitted = [*self.running, *vars(self).get("kv_holding_waiting", ())]
-        held = beyond(settings.spec.rows, admitted, self.waiting)
+        held = beyond(_ROWS[self], admitted, self.waiting)
         if not held:
             return original(self, *args, **kwargs)
         self.waiting.remove_requests(held)
