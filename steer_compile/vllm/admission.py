@@ -1,14 +1,18 @@
-"""What a request's steering means for the scheduler and the prefix cache. Pure functions over vLLM's requests.
+"""What a request's steering means for the scheduler and the prefix cache, over vLLM's requests.
 
-A request is anything with ``num_prompt_tokens`` and ``sampling_params``, whose ``extra_args`` the front end filled.
+A request is anything with ``request_id``, ``num_prompt_tokens`` and ``sampling_params``, whose ``extra_args`` the front
+end filled.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from steer_compile.vllm.requests import digests
+
+RowKey = tuple[str, str]
 
 
 def digests_of(request: Any) -> tuple[str, str]:
@@ -17,26 +21,57 @@ def digests_of(request: Any) -> tuple[str, str]:
     return digests(params.extra_args if params is not None else None)
 
 
-def row_keys(request: Any) -> set[tuple[str, str]]:
+def row_keys(request: Any) -> set[RowKey]:
     """Rows that a request needs: one for each phase and content."""
     return {key for key in zip(("prefill", "decode"), digests_of(request), strict=True) if key[1]}
 
 
-def beyond(capacity: int, running: Iterable[Any], waiting: Iterable[Any]) -> list[Any]:
-    """Waiting requests for which there are no rows. Behind the first of them, only requests pass that need no new row:
-    what becomes free is for those that waited longest.
-    """
-    taken: set[tuple[str, str]] = set()
-    for request in running:
-        taken |= row_keys(request)
-    held: list[Any] = []
-    for request in waiting:
-        new = row_keys(request) - taken
-        if new and (held or len(taken) + len(new) > capacity):
-            held.append(request)
-        else:
-            taken |= new
-    return held
+class Grants:
+    """The rows that the model runners hold after each step, as the scheduler knows them from what it sends them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._of: dict[str, set[RowKey]] = {}
+        self._counts: Counter[RowKey] = Counter()
+
+    def grant(self, request: Any) -> None:
+        """A request begins, begins again or goes on with more input: its rows are those of its steering now."""
+        self.release((request.request_id,))
+        if keys := row_keys(request):
+            self._of[request.request_id] = keys
+            self._counts.update(keys)
+
+    def release(self, requests: Iterable[str]) -> None:
+        """Requests finished or were preempted."""
+        for request in requests:
+            if keys := self._of.pop(request, None):
+                _take_away(self._counts, keys)
+
+    def beyond(self, waiting: Iterable[Any]) -> list[Any]:
+        """Waiting requests for which there are no rows, were all the others admitted in their order.
+
+        Behind the first of them, only requests pass that need no new row: what becomes free is for those that waited
+        longest.
+        """
+        counts, held = self._counts.copy(), list[Any]()
+        for request in waiting:
+            had, wanted = self._of.get(request.request_id, set()), row_keys(request)
+            after = counts.copy() if had else counts
+            _take_away(after, had)
+            new = wanted - after.keys()
+            if new and (held or len(after) + len(new) > self._capacity):
+                held.append(request)
+            else:
+                after.update(wanted)
+                counts = after
+        return held
+
+
+def _take_away(counts: Counter[RowKey], keys: Iterable[RowKey]) -> None:
+    for key in keys:
+        counts[key] -= 1
+        if not counts[key]:
+            del counts[key]
 
 
 def block_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:

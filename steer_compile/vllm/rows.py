@@ -11,74 +11,115 @@ import numpy.typing as npt
 
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import GLOBAL_ROWS
+from steer_compile.runtime.vectors import PHASES, TokenSelection
 from steer_compile.vllm.requests import KEY, parse
+
+Numbers = npt.NDArray[np.int32]
+_EVERYONE = tuple(GLOBAL_ROWS[phase] for phase in PHASES)
 
 
 @dataclass(frozen=True)
-class Span:
-    """Tokens of one request in one step: positions ``start`` to ``start + length``, behind a prompt of ``prompt``."""
-
-    request: str
-    start: int
-    length: int
-    prompt: int
+class _Live:
+    slot: int
+    handle: Handle
 
 
 class RequestRows:
-    """Rows of the live requests of one process. Every rank makes the same ones, as they see the same steps."""
+    """Rows of the live requests of one process. Every rank makes the same ones, as they see the same steps.
+
+    The rows of a request's two phases lie in a slot of an array, so that a step is a few operations on arrays however
+    many requests and configurations it has. Slot 0 is of the requests that ask for nothing.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._handles: dict[str, Handle] = {}
+        self._live: dict[str, _Live] = {}
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._rows = np.array([_EVERYONE], np.int32)
+        self._chosen: dict[int, TokenSelection] = {}
         self._last, self._decoded = np.zeros(0, np.int32), np.zeros(0, np.bool_)
 
     @property
     def live(self) -> int:
         """Requests that hold rows."""
-        return len(self._handles)
+        return len(self._live)
 
     def drop(self, requests: Iterable[str]) -> None:
         """Give the rows of requests back that finished or were preempted."""
         for request in requests:
-            handle = self._handles.pop(request, None)
-            if handle is not None:
-                self._registry.release(handle)
+            gone = self._live.pop(request, None)
+            if gone is not None:
+                del self._slots[request]
+                self._chosen.pop(gone.slot, None)
+                self._free.append(gone.slot)
+                self._registry.release(gone.handle)
 
     def admit(self, request: str, extra_args: Mapping[str, Any] | None) -> None:
-        """Rows for a request that begins or goes on, if it asks for steering and has none yet.
+        """Rows for a request that begins or goes on, if it asks for steering; those that it had before go back.
 
         Raises:
             TableFull: no free row, which the scheduler is there to prevent.
         """
-        if request not in self._handles and extra_args and KEY in extra_args:
-            self._handles[request] = self._registry.register(parse(extra_args[KEY]))
+        self.drop((request,))
+        if not extra_args or KEY not in extra_args:
+            return
+        handle = self._registry.register(parse(extra_args[KEY]))
+        if not self._free:
+            count = len(self._rows)
+            self._free = list(range(2 * count - 1, count - 1, -1))
+            self._rows = np.concatenate([self._rows, np.tile(np.array(_EVERYONE, np.int32), (count, 1))])
+        slot = self._free.pop()
+        plan = handle.plan
+        rows = [plan.row(phase) for phase in PHASES]
+        if plan.tokens is not None:
+            self._chosen[slot] = plan.tokens
+            rows[1] = rows[1] if plan.tokens.generated else GLOBAL_ROWS["decode"]
+        self._rows[slot] = rows
+        self._live[request], self._slots[request] = _Live(slot, handle), slot
 
-    def step(self, spans: Sequence[Span]) -> None:
+    def step(self, requests: Sequence[str], starts: Numbers, counts: Numbers, prompts: Numbers) -> None:
         """Write the row of every token, and whether it is decoded; rows behind the last token are 0.
 
         A token's phase is that of its position: below the prompt's length it is prefill. So a request that was
         preempted computes its generated tokens again with the rows that they had.
+
+        Args:
+            requests: in the order of the batch.
+            starts: position of each request's first token in this step (N,).
+            counts: its tokens in this step (N,).
+            prompts: tokens of its prompt (N,).
         """
-        counts = np.array([s.length for s in spans], np.int64)
-        starts = np.repeat(np.array([s.start for s in spans], np.int64), counts)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        positions = starts + np.arange(starts.size) - first
-        decoded = positions >= np.repeat(np.array([s.prompt for s in spans], np.int64), counts)
-        plans = [self._handles[s.request].plan if s.request in self._handles else None for s in spans]
-        phases = ("prefill", "decode")
-        rows = np.array(
-            [[plan.row(phase) if plan else GLOBAL_ROWS[phase] for phase in phases] for plan in plans], np.int32
-        ).reshape(-1, 2)
-        picked = np.where(decoded, np.repeat(rows[:, 1], counts), np.repeat(rows[:, 0], counts))
-        at = 0
-        for span, plan in zip(spans, plans, strict=True):
-            if plan is not None and plan.tokens is not None:
-                chosen = plan.tokens.mask(span.start, span.length, span.prompt)
-                part = slice(at, at + span.length)
-                everyone = np.where(decoded[part], GLOBAL_ROWS["decode"], GLOBAL_ROWS["prefill"])
-                picked[part] = np.where(chosen, picked[part], everyone)
-            at += span.length
-        self._write(picked.astype(np.int32), decoded)
+        if self._slots:
+            slots = np.fromiter((self._slots.get(request, 0) for request in requests), np.intp, len(requests))
+        else:
+            slots = np.zeros(len(requests), np.intp)
+        if int(counts.sum()) == len(requests):  # one token each, as in decoding
+            decoded = starts >= prompts
+            picked = self._rows[slots, decoded.view(np.int8)]
+        else:
+            owner = np.repeat(np.arange(len(requests)), counts)
+            ends = np.cumsum(counts)
+            positions = np.arange(owner.size) + (starts - ends + counts)[owner]
+            decoded = positions >= prompts[owner]
+            picked = self._rows[slots[owner], decoded.view(np.int8)]
+        if self._chosen:
+            self._choose(picked, slots, (starts, counts, prompts))
+        self._write(picked, decoded)
+
+    def _choose(
+        self, picked: npt.NDArray[np.int32], slots: npt.NDArray[np.intp], spans: tuple[Numbers, Numbers, Numbers]
+    ) -> None:
+        """Prompt tokens that a request does not steer read the row of everyone."""
+        starts, counts, prompts = spans
+        firsts = np.cumsum(counts) - counts
+        for i in np.flatnonzero((slots > 0) & (starts < prompts)):
+            chosen = self._chosen.get(int(slots[i]))
+            if chosen is not None:
+                start, prompt = int(starts[i]), int(prompts[i])
+                length = min(int(counts[i]), prompt - start)
+                part = picked[firsts[i] : firsts[i] + length]
+                part[~chosen.mask(start, length, prompt)] = GLOBAL_ROWS["prefill"]
 
     def _write(self, rows: npt.NDArray[np.int32], decoded: npt.NDArray[np.bool_]) -> None:
         """Hand the step to the tables, unless they hold just it, as in steady decoding.

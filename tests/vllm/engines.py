@@ -17,6 +17,7 @@ from steer_compile.vllm import engine_args
 WIDTH, LAYERS, VOCABULARY = 64, 4, 512
 HOOKS = ("post_attn", "post_block")
 PROMPT = list(range(5, 20))
+ON_A_GPU = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
 LENGTHS = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": LAYERS,
@@ -70,7 +71,8 @@ def engine(model: Path, spec: SteerSpec | None = None, **options: Any) -> Any:
     gc.collect()
 
     steered = engine_args(spec, options.pop("vectors", None)) if spec is not None else {}
-    given = {"dtype": "float32", "skip_tokenizer_init": True, "seed": 0, **LENGTHS, **options}
+    device = ON_A_GPU if torch.cuda.is_available() else {}
+    given = {"dtype": "float32", "skip_tokenizer_init": True, "seed": 0, **LENGTHS, **device, **options}
     return LLM(model=str(model), **given, **steered)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,9 +18,9 @@ from steer_compile.errors import TableFull
 from steer_compile.ir import Site
 from steer_compile.passes.plan_edits import reserve_banks
 from steer_compile.runtime.registry import Registry
-from steer_compile.vllm.admission import beyond, block_keys, row_keys
+from steer_compile.vllm.admission import Grants, block_keys, row_keys
 from steer_compile.vllm.requests import DIGESTS, KEY
-from steer_compile.vllm.rows import RequestRows, Span
+from steer_compile.vllm.rows import RequestRows
 
 WIDTH = 4
 ZERO, GLOBAL_PREFILL, GLOBAL_DECODE = 0, 1, 2
@@ -47,6 +49,12 @@ REQUESTS = st.lists(
 )
 
 
+def run(rows: RequestRows, names: list[str], spans: list[tuple[int, int, int]]) -> None:
+    """A step: of each request the position of its first token, its tokens and those of its prompt."""
+    starts, counts, prompts = np.array(spans, np.int32).reshape(-1, 3).T
+    rows.step(names, starts, counts, prompts)
+
+
 @given(st.lists(REQUESTS, min_size=1, max_size=3))
 def test_each_token_reads_the_row_of_its_request_and_position(
     steps: list[list[tuple[str, int, int, int, int]]],
@@ -57,12 +65,10 @@ def test_each_token_reads_the_row_of_its_request_and_position(
     for number, step in enumerate(steps):
         rows.drop(names)
         names = [f"{number}.{i}" for i in range(len(step))]
-        spans = []
-        for name, (kind, seed, start, length, prompt) in zip(names, step, strict=True):
+        for name, (kind, seed, *_) in zip(names, step, strict=True):
             asked = steering(kind, seed)
             rows.admit(name, None if asked is None else {KEY: asked})
-            spans.append(Span(name, start, length, prompt))
-        rows.step(spans)
+        run(rows, names, [(start, length, prompt) for _, _, start, length, prompt in step])
         expected, mask = [], []
         for kind, seed, start, length, prompt in step:
             for position in range(start, start + length):
@@ -73,10 +79,10 @@ def test_each_token_reads_the_row_of_its_request_and_position(
                 expected.append(float(seed + 1) if own else 0.0)
                 mask.append(float(decoded))
         table = made.tables.view("table", ("post_block", 0))
-        count = len(expected)
-        assert table[made.tables.rows[:count].long()][:, 0].tolist() == expected
-        assert made.tables.decode[:count].tolist() == mask
-        assert made.tables.rows[count:].count_nonzero() == 0  # what an earlier step left is gone
+        tokens = len(expected)
+        assert table[made.tables.rows[:tokens].long()][:, 0].tolist() == expected
+        assert made.tables.decode[:tokens].tolist() == mask
+        assert made.tables.rows[tokens:].count_nonzero() == 0  # what an earlier step left is gone
     rows.drop(names)
     assert (rows.live, made.tables.rows.numel()) == (0, 256)
 
@@ -86,7 +92,7 @@ def test_a_step_that_the_tables_hold_is_not_sent_again(monkeypatch: pytest.Monke
     monkeypatch.setattr(made, "set_tokens", lambda rows, decoded: sent.append((rows.tolist(), decoded.tolist())))
     rows = RequestRows(made)
     for start, length in ((3, 1), (4, 1), (0, 2), (5, 1)):
-        rows.step([Span("a", start, length, 3)])
+        run(rows, ["a"], [(start, length, 3)])
     decoded, prompt = ([GLOBAL_DECODE], [True]), ([GLOBAL_PREFILL] * 2, [False] * 2)
     assert sent == [decoded, prompt, ([GLOBAL_DECODE, ZERO], [True, False])]
 
@@ -101,9 +107,27 @@ def test_without_a_free_row_a_request_is_not_run() -> None:
     rows.admit("c", {KEY: steering("decode", 1)})
 
 
-def request(prefill: str = "", decode: str = "", prompt: int = 10) -> Any:
+def test_a_request_that_goes_on_with_other_steering_changes_its_rows() -> None:
+    made = registry(rows=1)
+    rows = RequestRows(made)
+    for asked in (steering("prefill", 0), steering("prefill", 1), None, steering("decode", 2)):
+        rows.admit("a", None if asked is None else {KEY: asked})
+        run(rows, ["a"], [(0, 4, 3)])
+        table = made.tables.view("table", ("post_block", 0))
+        found = table[made.tables.rows[:4].long()][:, 0].tolist()
+        assert found[1:] == ([0.0, 0.0, 3.0] if asked and "decode" in asked else [found[0]] * 2 + [0.0])
+        assert found[0] == (asked["prefill"]["post_block"]["0"][0] if asked and "prefill" in asked else 0.0)
+
+
+_NUMBERS = count()
+
+
+def request(prefill: str = "", decode: str = "", prompt: int = 10, name: str = "") -> Any:
     extra = {KEY: {}, DIGESTS: {"prefill": prefill, "decode": decode}} if prefill or decode else None
-    return SimpleNamespace(num_prompt_tokens=prompt, sampling_params=SimpleNamespace(extra_args=extra))
+    params = SimpleNamespace(extra_args=extra)
+    return SimpleNamespace(
+        request_id=name or f"request {next(_NUMBERS)}", num_prompt_tokens=prompt, sampling_params=params
+    )
 
 
 @dataclass(frozen=True)
@@ -117,30 +141,48 @@ CASES = {
     "room for all": Case([request("a", "b")], [request("c", "d"), request()], []),
     "full": Case([request("a", "b"), request("c", "d")], [request("e"), request(), request("a", "b")], [0]),
     "no overtaking": Case([request("a", "b"), request("c")], [request("e", "f"), request("g"), request("c")], [0, 1]),
-    "equal ones": Case([request("a", "b")] * 3, [request("c", "d"), request("c", "d"), request("e")], [2]),
+    "equal ones": Case(
+        [request("a", "b", name=n) for n in "xyz"], [request("c", "d"), request("c", "d"), request("e")], [2]
+    ),
+    "other input": Case(
+        [request("a", "b", name="x"), request("c", "d")], [request("e", "f", name="x"), request("a")], [1]
+    ),
+    "other input, shared rows": Case(
+        [request("a", "b", name="x"), request("a", "b")], [request("e", "f", name="x"), request("c")], [1]
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_who_waits_for_rows(name: str) -> None:
-    case = CASES[name]
-    held = beyond(4, case.running, case.waiting)
-    assert [case.waiting.index(r) for r in held] == case.held
+    case, grants = CASES[name], Grants(4)
+    for each in case.running:
+        grants.grant(each)
+    held = grants.beyond(case.waiting)
+    assert [i for i, r in enumerate(case.waiting) if any(r is h for h in held)] == case.held
 
 
 names = st.sampled_from(["", "a", "b", "c"])
+arrivals = st.tuples(st.integers(0, 5), names, names)
 
 
-@given(st.lists(st.tuples(names, names)), st.lists(st.tuples(names, names)), st.integers(2, 6))
-def test_what_runs_always_has_rows(running: list[tuple[str, str]], waiting: list[tuple[str, str]], rows: int) -> None:
-    live = [request(*pair) for pair in running]
-    if len(set().union(*map(row_keys, live))) > rows:
-        return
-    queue = [request(*pair) for pair in waiting]
-    held = beyond(rows, live, queue)
-    admitted = [r for r in queue if not any(r is h for h in held)]
-    assert len(set().union(*map(row_keys, [*live, *admitted]))) <= rows
-    assert not held or len(set().union(*map(row_keys, [*live, *queue]))) > rows
+@given(st.lists(st.tuples(st.lists(arrivals), st.sets(st.integers(0, 5)))), st.integers(2, 6))
+def test_what_runs_always_has_rows(steps: list[tuple[list[tuple[int, str, str]], set[int]]], capacity: int) -> None:
+    """Against the rows that a runner would hold: arrivals of new and of running requests, and ends."""
+    grants, runner = Grants(capacity), dict[str, set[tuple[str, str]]]()
+    for queue, ended in steps:
+        grants.release([str(i) for i in ended])
+        for i in ended:
+            runner.pop(str(i), None)
+        waiting = [request(p, d, name=str(i)) for i, p, d in {i: (i, p, d) for i, p, d in queue}.values()]
+        held = grants.beyond(waiting)
+        for each in waiting:
+            if not any(each is h for h in held):
+                grants.grant(each)
+                runner[each.request_id] = row_keys(each)
+                assert len(set().union(*runner.values())) <= capacity
+        all_of_them = set().union(*runner.values(), *map(row_keys, waiting))
+        assert not held or len(all_of_them) > capacity
 
 
 def test_keys_of_cached_blocks() -> None:

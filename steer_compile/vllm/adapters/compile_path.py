@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.config import CompilationConfig, CompilationMode, VllmConfig, get_current_vllm_config
+from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
 
 from steer_compile import torch_compat
-from steer_compile.errors import LoweringError
-from steer_compile.vllm.adapters import runner_v1
+from steer_compile.vllm.adapters import runner_v1, runner_v2
+from steer_compile.vllm.adapters.engine_options import check
 from steer_compile.vllm.model import Shape, SteeredModel
 from steer_compile.vllm.settings import Settings, build, load_vectors
 
@@ -47,25 +47,6 @@ def settings_of(config: VllmConfig) -> Settings | None:
     return Settings.read(config.additional_config, most, config.model_config.dtype)
 
 
-def check(config: VllmConfig) -> None:
-    """Refuse an engine with a spec that cannot be steered.
-
-    Raises:
-        LoweringError: says which of its options stands in the way.
-    """
-    if config.compilation_config.mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):
-        raise LoweringError(
-            f"vLLM runs this model without its own compilation (mode {config.compilation_config.mode.name}), and there "
-            "is no graph to steer; leave out enforce_eager, and set no compilation mode below DYNAMO_TRACE_ONCE"
-        )
-    if config.parallel_config.pipeline_parallel_size > 1:
-        raise LoweringError("pipeline stages are not steered; use tensor parallelism (pipeline_parallel_size=1)")
-    if config.use_v2_model_runner:
-        raise LoweringError(
-            "vLLM's model runner V2 is not steered; set VLLM_USE_V2_MODEL_RUNNER=0, which takes the runner V1"
-        )
-
-
 def _constructor(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, compile_prefix: str = "", is_encoder: bool = False) -> None:
@@ -91,7 +72,8 @@ def _attached(model: Any, config: VllmConfig, settings: Settings) -> SteeredMode
     for name, path in settings.vectors:
         steered.registry.register_vectors(name, load_vectors(path))
     steered.attach(model)
-    runner_v1.announce(config, steered)
+    runner = runner_v2 if config.use_v2_model_runner else runner_v1
+    runner.building(config, steered)
     return steered
 
 

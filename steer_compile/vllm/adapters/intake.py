@@ -13,7 +13,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from steer_compile.errors import SteerError
-from steer_compile.vllm.adapters.compile_path import check, settings_of, shape_of
+from steer_compile.vllm.adapters.compile_path import settings_of, shape_of
+from steer_compile.vllm.adapters.engine_options import check
 from steer_compile.vllm.frontend import FrontEnd
 from steer_compile.vllm.requests import DIGESTS, KEY
 

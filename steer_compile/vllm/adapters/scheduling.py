@@ -3,46 +3,97 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_compile.vllm.adapters.compile_path import settings_of
-from steer_compile.vllm.admission import beyond
+from steer_compile.vllm.admission import Grants, row_keys
 
-_ROWS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-"""Rows that a scheduler's engine has, 0 without a spec."""
+_QUEUES = ("skipped_waiting", "kv_holding_waiting", "waiting")
+"""Queues of waiting requests in the order in which vLLM looks at them; a version has the last and one of the others."""
+
+
+class _Desk:
+    """What one scheduler's engine has: its rows, and the live requests that may need some."""
+
+    def __init__(self, rows: int) -> None:
+        self.grants = Grants(rows)
+        self.steered: set[str] = set()
+
+
+_DESKS: WeakKeyDictionary[Any, _Desk | None] = WeakKeyDictionary()
 
 
 def missing() -> str:
-    """`schedule` takes requests from ``self.waiting``."""
-    return "" if "schedule" in vars(Scheduler) else "Scheduler has no method schedule"
+    """`schedule` takes requests from `_QUEUES`, which `add_request` fills."""
+    absent = [name for name in ("schedule", "add_request") if name not in vars(Scheduler)]
+    if absent:
+        return f"Scheduler has no method {absent[0]}"
+    used = [name for name in Scheduler.schedule.__code__.co_names if name in _QUEUES]
+    return "" if len(used) == 2 and "waiting" in used else f"Scheduler.schedule has the queues {', '.join(used)}"
 
 
 def install() -> None:
-    """Wrap the scheduler's one entry."""
+    """Wrap the scheduler's two entries."""
+    Scheduler.add_request = _add(Scheduler.add_request)
     Scheduler.schedule = _schedule(Scheduler.schedule)
+
+
+def _desk(scheduler: Any) -> _Desk | None:
+    if scheduler not in _DESKS:
+        settings = settings_of(scheduler.vllm_config)
+        _DESKS[scheduler] = None if settings is None else _Desk(settings.spec.rows)
+    return _DESKS[scheduler]
+
+
+def _add(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_request(self: Any, request: Any) -> Any:
+        desk = _desk(self)
+        if desk is not None and (row_keys(request) or request.resumable):  # what comes later may be steered
+            desk.steered.add(request.request_id)
+        return original(self, request)
+
+    return add_request
 
 
 def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self not in _ROWS:
-            settings = settings_of(self.vllm_config)
-            _ROWS[self] = 0 if settings is None else settings.spec.rows
-        if not _ROWS[self] or not self.waiting:
+        desk = _desk(self)
+        if desk is None or not desk.steered:
             return original(self, *args, **kwargs)
-        # Requests whose KV blocks come from elsewhere wait in a queue of their own and are admitted first.
-        admitted = [*self.running, *vars(self).get("kv_holding_waiting", ())]
-        held = beyond(_ROWS[self], admitted, self.waiting)
-        if not held:
-            return original(self, *args, **kwargs)
-        self.waiting.remove_requests(held)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            self.waiting.prepend_requests(reversed(held))  # in front of the others, in their order
+        desk.grants.release(self.finished_req_ids)  # of which the runners hear in this step
+        desk.steered -= self.finished_req_ids - self.requests.keys()  # an identifier may be taken again
+        with _held(self, desk):
+            output = original(self, *args, **kwargs)
+        desk.grants.release(output.preempted_req_ids or ())
+        begun = [new.req_id for new in output.scheduled_new_reqs]
+        for request in (*begun, *output.scheduled_cached_reqs.resumed_req_ids):
+            if request in desk.steered:
+                desk.grants.grant(self.requests[request])
+        return output
 
     return schedule
+
+
+@contextmanager
+def _held(scheduler: Any, desk: _Desk) -> Iterator[None]:
+    """Requests without rows are out of the queues for one step, and come back in front of the others."""
+    queues = [vars(scheduler)[name] for name in _QUEUES if name in vars(scheduler)]
+    waiting = [request for queue in queues for request in queue if request.request_id in desk.steered]
+    held = desk.grants.beyond(waiting) if waiting else []
+    parts = [[r for r in queue if any(r is h for h in held)] if held else [] for queue in queues]
+    for queue, part in zip(queues, parts, strict=True):
+        if part:
+            queue.remove_requests(part)
+    try:
+        yield
+    finally:
+        for name, part in zip((n for n in _QUEUES if n in vars(scheduler)), parts, strict=True):
+            if part:
+                vars(scheduler)[name].prepend_requests(reversed(part))

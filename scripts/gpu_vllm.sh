@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# vLLM on a GPU: scripts/gpu_vllm.sh OUT COMMIT [tests|steps ...]      (default: both)
+#
+#   tests   tests/vllm against both model runners
+#   steps   benchmarks.vllm_steps
+#
+# vLLM must be importable by python3 (0.26.0 was used, with torch 2.11.0+cu130). Writes logs and tables into OUT.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=$1 COMMIT=$2
+PARTS=("${@:3}")
+[ "${#PARTS[@]}" -gt 0 ] || PARTS=(tests steps)
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 \
+    VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}"
+mkdir -p "$OUT"
+
+run_tests() {
+    for v2 in 1 0; do
+        VLLM_USE_V2_MODEL_RUNNER=$v2 timeout ${LIMIT:-240} python3 -m pytest -m vllm tests/vllm/test_parity.py tests/vllm/test_requests_in_engines.py -p no:cacheprovider ${TESTS:--q} \
+            >"$OUT/tests_v$((v2 + 1)).txt" 2>&1
+        tail -25 "$OUT/tests_v$((v2 + 1)).txt"
+    done
+}
+
+run_steps() {
+    python3 -m benchmarks.vllm_steps --commit "$COMMIT" --out "$OUT" ${STEPS:-} 2>&1 | tee "$OUT/steps.log" | tail -90
+}
+
+for part in "${PARTS[@]}"; do "run_$part"; done

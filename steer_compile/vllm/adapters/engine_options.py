@@ -1,0 +1,56 @@
+"""Options of an engine with which its model cannot be steered."""
+
+from __future__ import annotations
+
+from vllm.config import CompilationMode, VllmConfig
+
+from steer_compile.errors import LoweringError
+
+
+def check(config: VllmConfig) -> None:
+    """Refuse an engine with a spec that cannot be steered.
+
+    Raises:
+        LoweringError: says which of its options stands in the way.
+    """
+    if config.compilation_config.mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):
+        raise LoweringError(
+            f"vLLM runs this model without its own compilation (mode {config.compilation_config.mode.name}), and there "
+            "is no graph to steer; leave out enforce_eager, and set no compilation mode below DYNAMO_TRACE_ONCE"
+        )
+    refused = next((words for on, words in _options(config) if on), "")
+    if refused:
+        raise LoweringError(refused)
+
+
+def _options(config: VllmConfig) -> tuple[tuple[bool, str], ...]:
+    """Whether each of the options is on, and its refusal."""
+    parallel, drafts = config.parallel_config, config.speculative_config
+    split = "and the rows of its tokens would not be theirs; set"
+    return (
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline stages are not steered; use tensor parallelism (pipeline_parallel_size=1)",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            f"prefill context parallelism splits a step between ranks, {split} prefill_context_parallel_size=1",
+        ),
+        (
+            parallel.use_ubatching,
+            f"dual batch overlap runs a step in two parts, {split} enable_dbo=False and ubatch_size=0",
+        ),
+        (
+            parallel.tensor_parallel_size > 1 and bool(vars(config.compilation_config.pass_config).get("enable_sp")),
+            f"sequence parallelism splits a step between ranks, {split} "
+            "compilation_config={'pass_config': {'enable_sp': False}}",
+        ),
+        (
+            config.cache_config.kv_sharing_fast_prefill,
+            f"fast prefill runs later layers on some of a step's tokens, {split} kv_sharing_fast_prefill=False",
+        ),
+        (
+            drafts is not None and bool(vars(drafts).get("enable_adaptive_verification")),
+            f"adaptive verification drops drafts on the device, {split} enable_adaptive_verification=False",
+        ),
+    )

@@ -1,0 +1,80 @@
+"""The V2 model runner, vLLM's default on GPUs: before each forward, the rows of its tokens are written.
+
+It takes a request that was preempted, and one that goes on with more input, as new ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from steer_compile.errors import LoweringError
+from steer_compile.vllm.adapters.runners import admitted, announce, dropped, rows_of
+from steer_compile.vllm.model import SteeredModel
+
+_MODULE = "vllm.v1.worker.gpu.model_runner"
+_METHODS = ("finish_requests", "add_requests", "prepare_inputs")
+_patched: list[type] = []
+
+
+def missing() -> str:
+    """The runner is looked at when a model is there, as importing it starts the device."""
+    return ""
+
+
+def install() -> None:
+    """Nothing yet: see `building`."""
+
+
+def building(config: Any, steered: SteeredModel) -> None:
+    """The runner is building this model.
+
+    Raises:
+        LoweringError: the model is not built by the V2 runner, or by one of another form.
+    """
+    runner = announce(_MODULE, config, steered)
+    absent = [name for name in _METHODS if name not in vars(runner)]
+    if absent:
+        raise LoweringError(f"{_MODULE}.GPUModelRunner has no {absent[0]}; use vLLM 0.26 to 0.32")
+    if runner not in _patched:
+        runner.finish_requests = _finish(runner.finish_requests)
+        runner.add_requests = _add(runner.add_requests)
+        runner.prepare_inputs = _prepare(runner.prepare_inputs)
+        _patched.append(runner)
+
+
+def _finish(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def finish_requests(self: Any, scheduler_output: Any) -> Any:
+        rows = rows_of(self)
+        if rows is not None:
+            dropped(rows, scheduler_output)
+        return original(self, scheduler_output)
+
+    return finish_requests
+
+
+def _add(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_requests(self: Any, scheduler_output: Any) -> Any:
+        rows = rows_of(self)
+        if rows is not None:
+            admitted(rows, ((new.req_id, new.sampling_params) for new in scheduler_output.scheduled_new_reqs))
+        return original(self, scheduler_output)
+
+    return add_requests
+
+
+def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(self, scheduler_output, *args, **kwargs)
+        rows = rows_of(self)
+        if rows is not None:
+            # Positions are an upper bound where drafts are in flight; it never crosses the end of a prompt.
+            prompts = self.req_states.prompt_len.np[batch.idx_mapping_np]
+            rows.step(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens, prompts)
+        return batch
+
+    return prepare_inputs
