@@ -61,12 +61,16 @@ class Contents:
 
     def check_range(self, tables: TableSet) -> None:
         """Raise `VectorError` for a sum of vectors that overflows the dtype of its table."""
+        by_dtype: dict[tuple[torch.dtype, int], dict[SiteKey, torch.Tensor]] = {}
         for site, total in scaled(self.parts).items():
-            dtype = tables.view("table", site).dtype
-            if not bool(torch.isfinite(total.to(dtype)).all()):
+            by_dtype.setdefault((tables.view("table", site).dtype, total.numel()), {})[site] = total
+        for (dtype, _), sums in by_dtype.items():
+            fits = torch.isfinite(torch.stack(list(sums.values())).to(dtype)).all(dim=1).tolist()
+            if not all(fits):
+                hook, layer = list(sums)[fits.index(False)]
                 raise VectorError(
-                    f"the vectors of layers.{site[1]}.{site[0]} overflow the table's dtype {dtype}; scale them down or "
-                    "set dtype in the spec"
+                    f"the vectors of layers.{layer}.{hook} overflow the table's dtype {dtype}; scale them down or set "
+                    "dtype in the spec"
                 )
 
     def write(self, tables: TableSet, row: int, most_clamps: int) -> None:

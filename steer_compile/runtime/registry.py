@@ -195,7 +195,7 @@ class Registry:
         """
         with self._lock:
             made = {phase: self._own_contents(config, phase) for phase in PHASES}
-            for contents in made.values():
+            for contents in {contents.digest(): contents for contents in made.values()}.values():
                 self._rows.check(contents)
                 contents.check_room(self._spec.clamps)
                 contents.check_range(self.tables)

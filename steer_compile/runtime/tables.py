@@ -35,6 +35,8 @@ class TableSet:
     def __init__(self, spec: SteerSpec) -> None:
         self.spec = spec
         self.banks: tuple[Bank, ...] = ()
+        self._views: dict[tuple[str, SiteKey], torch.Tensor] = {}
+        self._families: dict[SiteKey, tuple[str, ...]] = {}
         self.tensors: list[torch.Tensor] = []
         self.device: torch.device | None = None
         self.rows: torch.Tensor = torch.empty(0)
@@ -56,6 +58,11 @@ class TableSet:
                 line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
                 self.tensors.append(_room(bank, device).copy_(line))
         self.banks = banks
+        for bank, tensor in zip(banks, self.tensors, strict=True):
+            for site, part in zip(bank.sites, tensor.unbind(), strict=True):
+                self._views.setdefault((bank.kind, site), part)
+        sites = dict.fromkeys(site for bank in banks for site in bank.sites)
+        self._families = {s: tuple(f for f, kind in KINDS.items() if (kind, s) in self._views) for s in sites}
 
     def named(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Tensors by the buffer names of `passes.splice`."""
@@ -78,7 +85,7 @@ class TableSet:
 
     def families(self, site: SiteKey) -> tuple[str, ...]:
         """Op families that are compiled in at a site."""
-        return tuple(family for family, kind in KINDS.items() if site in self.sites(kind))
+        return self._families.get(site, ())
 
     def view(self, kind: str, site: SiteKey) -> torch.Tensor:
         """A site's part of a bank, ``(length, width)`` in the bank's dtype.
@@ -86,9 +93,9 @@ class TableSet:
         Raises:
             SiteNotFound: no bank of this kind holds the site.
         """
-        for bank, tensor in zip(self.banks, self.tensors, strict=True):
-            if bank.kind == kind and site in bank.sites:
-                return tensor[bank.sites.index(site)]
+        found = self._views.get((kind, site))
+        if found is not None:
+            return found
         raise SiteNotFound(self._absent(kind, site))
 
     def _absent(self, what: str, site: SiteKey) -> str:
@@ -134,7 +141,8 @@ class TableSet:
             if bank.kind == kind:
                 part = tensor[:, start : start + count]
                 if any(site in values for site in bank.sites):
-                    part.copy_(_block(bank, count, values))
+                    block = _block(bank, count, values)
+                    part.copy_(block.pin_memory() if tensor.is_cuda else block, non_blocking=True)
                 elif kind in _NEUTRAL:
                     part.copy_(torch.tensor(_NEUTRAL[kind], dtype=bank.dtype))
                 else:
@@ -181,12 +189,15 @@ def _room(bank: Bank, device: torch.device) -> torch.Tensor:
 
 def _block(bank: Bank, count: int, values: Mapping[SiteKey, torch.Tensor]) -> torch.Tensor:
     """Lines of every site of a bank, ``(sites, count, width)`` on the CPU in the bank's dtype."""
+    lines = [torch.atleast_2d(values[site]) if site in values else None for site in bank.sites]
     neutral = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=torch.float32, device="cpu")
-    block = neutral.expand(len(bank.sites), count, bank.width).clone()
-    for i, site in enumerate(bank.sites):
-        if site in values:
-            lines = torch.atleast_2d(values[site])
-            block[i, : lines.size(0)] = lines
+    if all(part is not None and part.size(0) == count for part in lines):
+        block = torch.stack([part for part in lines if part is not None])
+    else:
+        block = neutral.expand(len(bank.sites), count, bank.width).clone()
+        for i, part in enumerate(lines):
+            if part is not None:
+                block[i, : part.size(0)] = part
     cast = block.to(bank.dtype)
     if bank.kind not in _NEUTRAL and not bool(torch.isfinite(cast).all()):
         raise VectorError(

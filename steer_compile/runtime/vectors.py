@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import numbers
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,15 +22,22 @@ _LAYER = re.compile(r"-?[0-9]{1,9}")
 _LARGEST = torch.finfo(torch.float32).max
 
 
+Block: TypeAlias = tuple[tuple[SiteKey, ...], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class VectorSet:
-    """Vectors by (hook, layer), fp32 on the CPU, with the digest of their content. Build with `vector_set`."""
+    """Vectors by (hook, layer), fp32 on the CPU, with the digest of their content. Build with `vector_set`.
 
-    vectors: tuple[tuple[SiteKey, torch.Tensor], ...] = ()
+    Attributes:
+        blocks: sites and their vectors ``(sites, H)``, one block for each width.
+    """
+
+    blocks: tuple[Block, ...] = ()
     digest: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.vectors)
+        return bool(self.blocks)
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -39,7 +46,8 @@ class VectorSet:
         return isinstance(other, VectorSet) and self.digest == other.digest
 
     def items(self) -> Iterable[tuple[SiteKey, torch.Tensor]]:
-        return self.vectors
+        for sites, block in self.blocks:
+            yield from zip(sites, block.unbind(), strict=True)
 
 
 def vector_set(source: object) -> VectorSet:
@@ -57,14 +65,30 @@ def vector_set(source: object) -> VectorSet:
         return source or VectorSet()
     if not isinstance(source, Mapping):
         raise VectorError(f"vectors are given as {type(source).__name__}; give {{hook: {{layer: vector}}}}")
-    given = by_site(source, "vector")
-    checked = {key: checked_vector(f"the vector of layers.{key[1]}.{key[0]}", value) for key, value in given.items()}
-    ordered = tuple(sorted(checked.items(), key=lambda item: item[0]))
+    by_width: dict[int, list[tuple[SiteKey, torch.Tensor]]] = {}
+    for key, value in sorted(by_site(source, "vector").items(), key=lambda item: item[0]):
+        vector = _one_dimensional(_name(key), value)
+        by_width.setdefault(vector.numel(), []).append((key, vector))
+    blocks = tuple(_block(pairs) for _, pairs in sorted(by_width.items()))
     digest = hashlib.sha256()
-    for (hook, layer), vector in ordered:
-        digest.update(f"{hook}\0{layer}\0{vector.numel()}\0".encode())
-        digest.update(vector.numpy().tobytes())
-    return VectorSet(ordered, digest.hexdigest()[:32] if ordered else "")
+    for sites, block in blocks:
+        digest.update(f"{sites}\0{block.size(1)}\0".encode())
+        digest.update(block.numpy().data)
+    return VectorSet(blocks, digest.hexdigest()[:32] if blocks else "")
+
+
+def _name(site: SiteKey) -> str:
+    return f"the vector of layers.{site[1]}.{site[0]}"
+
+
+def _block(pairs: Sequence[tuple[SiteKey, torch.Tensor]]) -> Block:
+    """Vectors of one width, checked and copied together, as `checked_vector` does with one."""
+    with torch.inference_mode(False):
+        block = torch.stack([vector.detach().to("cpu", torch.float32) for _, vector in pairs]) + 0.0
+    if not np.isfinite(block.numpy()).all():  # on one thread: an engine's others are busy
+        bad = next(site for (site, _), row in zip(pairs, block, strict=True) if not bool(torch.isfinite(row).all()))
+        raise VectorError(f"{_name(bad)} holds NaN or infinity; fix the vector")
+    return tuple(site for site, _ in pairs), block
 
 
 def by_site(source: Mapping[Any, Any], what: str) -> dict[SiteKey, Any]:
@@ -115,6 +139,15 @@ def checked_vector(name: str, value: Any, dtype: torch.dtype = torch.float32) ->
     Raises:
         VectorError: it is not one-dimensional, not floating, or holds NaN or infinity.
     """
+    tensor = _one_dimensional(name, value)
+    with torch.inference_mode(False):
+        tensor = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous() + 0.0
+    if not bool(torch.isfinite(tensor).all()):
+        raise VectorError(f"{name} holds NaN or infinity; fix the vector")
+    return tensor
+
+
+def _one_dimensional(name: str, value: Any) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -124,10 +157,6 @@ def checked_vector(name: str, value: Any, dtype: torch.dtype = torch.float32) ->
         raise VectorError(f"{name} has dtype {tensor.dtype}; give floating-point numbers")
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise VectorError(f"{name} has shape {tuple(tensor.shape)}; give one dimension of the site's width")
-    with torch.inference_mode(False):
-        tensor = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous() + 0.0
-    if not bool(torch.isfinite(tensor).all()):
-        raise VectorError(f"{name} holds NaN or infinity; fix the vector")
     return tensor
 
 
@@ -135,9 +164,9 @@ def scaled(parts: Iterable[tuple[VectorSet, float]]) -> dict[SiteKey, torch.Tens
     """Sum of vector sets times their scales, in fp32."""
     total: dict[SiteKey, torch.Tensor] = {}
     for vectors, scale in parts:
-        for key, vector in vectors.items():
-            term = vector * scale
-            total[key] = total[key] + term if key in total else term
+        for sites, block in vectors.blocks:
+            for key, term in zip(sites, (block if scale == 1.0 else block * scale).unbind(), strict=True):
+                total[key] = total[key] + term if key in total else term
     return total
 
 

@@ -4,7 +4,8 @@ Declarative data only::
 
     {"named": ["calm", ["formal", -0.5]],               registered vector sets, with factors
      "base": {"post_block": {"3": [0.1, ...]}},         vectors for all tokens; also "prefill" and "decode"
-     "decode": {"post_block": {"3": {"dtype": "float16", "shape": [64], "data": "<base64>"}}},
+     "decode": {"post_block": {"3": {"dtype": "float16", "shape": [64], "data": "<base64>"}},
+                "post_attn": {"layers": [0, 1], "dtype": "float16", "shape": [2, 64], "data": "<base64>"}},
      "scale": 2.0,
      "tokens": {"spans": [[0, 5]], "last_prompt": true, "generated": true},
      "monitors": {"layers.3.post_block": {"probe": [...], "threshold": 0.5, "sharpness": 4.0}},
@@ -13,27 +14,26 @@ Declarative data only::
 
 from __future__ import annotations
 
-import base64
 import binascii
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import pybase64
 import torch
 
 from steer_compile.errors import SpecError, VectorError
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.steering import Steering
-from steer_compile.runtime.vectors import SiteKey, TokenSelection
+from steer_compile.runtime.vectors import SiteKey, TokenSelection, VectorSet
 
 KEY = "steer"
 """Key of a request's steering in ``extra_args`` and ``vllm_xargs``."""
 DIGESTS = "steer_digests"
 """Key under which the front end puts the digest of a request's steering in each phase, "" for none."""
 MAX_NUMBERS = 1 << 26
-"""Most numbers of one packed vector."""
+"""Most numbers of one packed piece."""
 
 _FIELDS = {"named", "base", "prefill", "decode", "scale", "tokens", "monitors", "clamps"}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -69,11 +69,7 @@ def digests(extra_args: object) -> tuple[str, str]:
 def plain(steering: Steering) -> dict[str, Any]:
     """A request's steering as data that crosses processes; `parse` makes the same of it again."""
     tiers = {"base": steering.base, "prefill": steering.prefill, "decode": steering.decode}
-    data: dict[str, Any] = {
-        tier: {_name(site): pack(vector) for site, vector in vectors.items()}
-        for tier, vectors in tiers.items()
-        if vectors
-    }
+    data: dict[str, Any] = {tier: _packed_set(vectors) for tier, vectors in tiers.items() if vectors}
     data |= {"named": [list(item) for item in steering.named], "scale": steering.scale}
     if steering.tokens is not None:
         chosen = steering.tokens
@@ -87,6 +83,19 @@ def plain(steering: Steering) -> dict[str, Any]:
     return data
 
 
+def _packed_set(vectors: VectorSet) -> dict[str, Any]:
+    """Vectors of a tier by hook, packed in one piece where they have one width."""
+    found: dict[str, Any] = {}
+    for sites, block in vectors.blocks:
+        for hook in dict.fromkeys(hook for hook, _ in sites):
+            chosen = [i for i, site in enumerate(sites) if site[0] == hook]
+            if hook in found or len(vectors.blocks) > 1:
+                found |= {_name(sites[i]): pack(block[i]) for i in chosen}
+            else:
+                found[hook] = {"layers": [sites[i][1] for i in chosen], **pack(block[chosen])}
+    return found
+
+
 def _plain_clamp(clamp: Clamp) -> dict[str, Any]:
     bounds = {"lo": clamp.lo, "hi": clamp.hi}
     finite = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
@@ -98,7 +107,7 @@ def _name(site: SiteKey) -> str:
 
 
 def pack(vector: torch.Tensor) -> dict[str, Any]:
-    """A vector in packed form, fp32."""
+    """A vector (H,) or several (N, H) in packed form, fp32."""
     numbers = vector.detach().to("cpu", torch.float32).contiguous()
     return {"dtype": "float32", "shape": list(numbers.shape), "data": numbers.numpy().tobytes()}
 
@@ -130,34 +139,51 @@ def _named(given: object) -> list[str | tuple[str, float]]:
 def _vectors(tier: str, given: object) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for hook, by_layer in _object(tier, given).items():
-        if isinstance(by_layer, Mapping) and "data" not in by_layer:
+        if isinstance(by_layer, Mapping) and "layers" in by_layer:
+            found[hook] = _layers(f"{tier} of {hook}", by_layer)
+        elif isinstance(by_layer, Mapping) and "data" not in by_layer:
             found[hook] = {layer: _vector(f"{tier} of {hook} at {layer}", v) for layer, v in by_layer.items()}
         else:
             found[hook] = _vector(f"{tier} of {hook}", by_layer)
     return found
 
 
+def _layers(name: str, given: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
+    """Vectors of several layers that are packed in one piece."""
+    layers = given["layers"]
+    rows = _unpacked(name, {key: value for key, value in given.items() if key != "layers"}, 2)
+    if not isinstance(layers, list) or len(layers) != len(rows):
+        raise VectorError(f"{name} has layers={layers!r} for {len(rows)} packed vectors; give one layer for each")
+    if len({str(layer) for layer in layers}) != len(layers):
+        raise VectorError(f"{name} gives a layer twice in layers={layers!r}; give each once")
+    return dict(zip(map(str, layers), rows.unbind(), strict=True))
+
+
 def _vector(name: str, given: object) -> Any:
     """Numbers, or a packed vector unpacked; `vector_set` checks them."""
-    if not isinstance(given, Mapping):
-        return given
+    return _unpacked(name, given, 1) if isinstance(given, Mapping) else given
+
+
+def _unpacked(name: str, given: Mapping[str, Any], dims: int) -> torch.Tensor:
     if set(given) != {"dtype", "shape", "data"} or str(given["dtype"]) not in _DTYPES:
         raise VectorError(
             f"{name} is no packed vector; give dtype ({', '.join(_DTYPES)}), shape and data (base64, little-endian)"
         )
     shape, dtype = given["shape"], _DTYPES[str(given["dtype"])]
-    if not isinstance(shape, list) or len(shape) != 1 or not isinstance(shape[0], int) or shape[0] < 1:
-        raise VectorError(f"{name} has the packed shape {shape!r}; give one dimension")
-    if shape[0] > MAX_NUMBERS:
-        raise VectorError(f"{name} has {shape[0]} numbers; {MAX_NUMBERS} are the most")
+    whole = isinstance(shape, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+    if not whole or len(shape) != dims:
+        raise VectorError(f"{name} has the packed shape {shape!r}; give {dims} dimension{'s' if dims > 1 else ''}")
+    numbers = math.prod(shape)
+    if numbers > MAX_NUMBERS:
+        raise VectorError(f"{name} has {numbers} numbers; {MAX_NUMBERS} are the most")
     packed = given["data"]
     try:
-        data = packed if isinstance(packed, bytes) else base64.b64decode(str(packed), validate=True)
+        data = packed if isinstance(packed, bytes) else pybase64.b64decode(str(packed), validate=True)
     except (binascii.Error, ValueError) as error:
         raise VectorError(f"{name} holds data that is not base64: {error}") from error
-    if len(data) != shape[0] * dtype.itemsize:
-        raise VectorError(f"{name} holds {len(data)} bytes for {shape[0]} numbers of {given['dtype']}; give all")
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(dtype)
+    if len(data) != numbers * dtype.itemsize:
+        raise VectorError(f"{name} holds {len(data)} bytes for {numbers} numbers of {given['dtype']}; give all")
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
 def _tokens(given: object) -> TokenSelection:
