@@ -278,7 +278,9 @@ def main() -> None:
     same = {name: sum(a == b for a, b in zip(tokens["plain"], t, strict=True)) for name, t in tokens.items()}
     print("requests with the plain engine's tokens, of", options.requests, json.dumps(same), flush=True)
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for number in range(options.rounds):
+    for number in range(options.rounds + 1):
+        if number == 1:  # the first round warms up
+            found.clear()
         for scenario in chosen if number % 2 else reversed(chosen):
             engine, name = engines[scenario.engine], scenario.name
             batch = found.setdefault((name, f"decode_{options.requests}"), [])

@@ -14,12 +14,20 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHI
     VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}"
 mkdir -p "$OUT"
 
+suite() { # suite NAME FILE...: each in a process and a cache of its own
+    local name=$1
+    shift
+    timeout "${LIMIT:-400}" python3 -m pytest -m vllm "$@" -p no:cacheprovider -q >"$OUT/$name.txt" 2>&1
+    echo "$name: $(tail -1 "$OUT/$name.txt")"
+}
+
 run_tests() {
-    for v2 in 1 0; do
-        VLLM_USE_V2_MODEL_RUNNER=$v2 timeout ${LIMIT:-240} python3 -m pytest -m vllm tests/vllm/test_parity.py tests/vllm/test_requests_in_engines.py -p no:cacheprovider ${TESTS:--q} \
-            >"$OUT/tests_v$((v2 + 1)).txt" 2>&1
-        tail -25 "$OUT/tests_v$((v2 + 1)).txt"
-    done
+    export TORCHINDUCTOR_COMPILE_THREADS=2
+    local both="tests/vllm/test_parity.py tests/vllm/test_requests_in_engines.py"
+    VLLM_USE_V2_MODEL_RUNNER=1 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite runner_v2 $both &
+    VLLM_USE_V2_MODEL_RUNNER=0 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite runner_v1 $both &
+    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite pieces tests/vllm/test_pieces.py tests/vllm/test_checkpoints.py &
+    wait
 }
 
 run_steps() {

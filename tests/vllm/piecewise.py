@@ -1,11 +1,11 @@
-"""A process that runs vLLM's own compilation (mode 3, cut into pieces) on a CPU: ``python -m tests.vllm.piecewise``.
+"""A process that runs vLLM's own compilation (mode 3, cut into pieces): ``python -m tests.vllm.piecewise``.
 
-vLLM compiles whole graphs on a CPU. Four things are put back here, so that its piecewise back end runs as on a GPU: the
-mode that was asked for, no sizes of their own, no fusions of device kernels, and no pass over operators of a GPU.
+On a CPU vLLM compiles whole graphs. Four things are put back there, so that its piecewise back end runs as on a GPU:
+the mode that was asked for, no sizes of their own, no fusions of device kernels, no pass over operators of a GPU.
 
-Arguments: the model's folder, and hooks to steer, none for an engine without a spec. Prints one line of JSON: tokens
-with nothing active, tokens and log-probabilities with a vector at each layer, pieces that were compiled, artifacts that
-were loaded, splices.
+Arguments: the model's folder, ``pieces`` or ``partition`` (Inductor cuts the graph in place of vLLM), and hooks to
+steer, none for an engine without a spec. Prints one line of JSON: tokens with nothing active, tokens and
+log-probabilities with a vector at each layer, pieces that were compiled, artifacts that were loaded, splices.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.passes import pass_manager
 from vllm.config import CompilationMode
+from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 
 from steer_compile import SteerSpec
@@ -64,11 +65,12 @@ def count_splices() -> list[int]:
 
 
 def main() -> None:
-    folder, hooks = Path(sys.argv[1]), tuple(sys.argv[2:])
-    allow_pieces()
+    folder, partition, hooks = Path(sys.argv[1]), sys.argv[2] == "partition", tuple(sys.argv[3:])
+    if current_platform.is_cpu():
+        allow_pieces()
     splices = count_splices()
     spec = SteerSpec(steer=hooks, rows=8) if hooks else None
-    llm = engines.engine(folder, spec, compilation_config={"mode": 3})
+    llm = engines.engine(folder, spec, compilation_config={"mode": 3, "use_inductor_graph_partition": partition})
     from torch._dynamo.utils import counters
 
     found: dict[str, Any] = {"idle": engines.texts(engines.generated(llm, [None]))[0]}

@@ -22,23 +22,33 @@ pytestmark = [
 ]
 
 
-def run(model: Path, cache: Path, *hooks: str) -> dict[str, Any]:
+def run(model: Path, cache: Path, *hooks: str, cut: str = "pieces") -> dict[str, Any]:
     """What a process of its own prints."""
     env = os.environ | {
         "PYTHONPATH": str(_tree.ROOT), "VLLM_CACHE_ROOT": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "VLLM_CPU_CI_ENV": "0",
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.vllm.piecewise", str(model), *hooks]
+    command = [sys.executable, "-m", "tests.vllm.piecewise", str(model), cut, *hooks]
     done = subprocess.run(command, env=env, cwd=_tree.ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def test_each_layer_gets_its_own_vector_from_shared_pieces_cold_and_warm(models: Path, tmp_path: Path) -> None:
+def hold_against_hooks(model: Path, found: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
+    judge = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for layer, tokens in enumerate(found["steered"]):
+        output = type("Output", (), {"token_ids": tokens})
+        wanted, numbers = engines.judged(judge, output, engines.vector(1, 0.6), layer, False)
+        assert tokens == wanted
+        assert found["numbers"][layer] == pytest.approx(numbers, abs=2e-4)
+    assert len({round(numbers[0], 2) for numbers in found["numbers"]}) == engines.LAYERS  # no layer is another one
+
+
+def test_each_layer_gets_its_own_vector_from_shared_pieces_cold_and_warm(models: Path, tmp_path: Path) -> None:
     model = engines.saved("llama", models)
     plain = run(model, tmp_path)
     cold = run(model, tmp_path, *engines.HOOKS)
@@ -47,16 +57,16 @@ def test_each_layer_gets_its_own_vector_from_shared_pieces_cold_and_warm(models:
     assert plain["idle"] == cold["idle"] == warm["idle"] == other["idle"]
     assert cold["steered"] == warm["steered"] == other["steered"]
 
-    judge = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for layer, tokens in enumerate(cold["steered"]):
-        output = type("Output", (), {"token_ids": tokens})
-        wanted, numbers = engines.judged(judge, output, engines.vector(1, 0.6), layer, False)
-        assert tokens == wanted
-        assert cold["numbers"][layer] == pytest.approx(numbers, abs=2e-4)
-    assert len({round(numbers[0], 2) for numbers in cold["numbers"]}) == engines.LAYERS  # no layer is another one
-
+    hold_against_hooks(model, cold)
     assert cold["compiled"] == plain["compiled"] < engines.LAYERS + 1  # equal layers share a piece, as without a spec
     assert (cold["loaded"], cold["splices"]) == (0, [2 * engines.LAYERS])
     assert (warm["loaded"], warm["splices"], warm["compiled"]) == (1, [], 0)
     assert (other["loaded"], other["splices"]) == (0, [engines.LAYERS])  # another spec is another artifact
     assert run(model, tmp_path)["loaded"] == 1  # and the engine without a spec has kept its own
+
+
+def test_each_layer_gets_its_own_vector_where_inductor_cuts_the_graph(models: Path, tmp_path: Path) -> None:
+    model = engines.saved("llama", models)
+    found = run(model, tmp_path, *engines.HOOKS, cut="partition")
+    assert found["splices"] == [2 * engines.LAYERS]
+    hold_against_hooks(model, found)
