@@ -145,4 +145,4 @@ def test_adapters_in_one_batch_with_steering(models: Path, tmp_path: Path) -> No
     found = ask(engines.engine(path, SPEC, **options), [None, None, at(1, moved), at(1, moved)], loras)
     for each in zip(found, expected, strict=True):
         same(*each)
-    assert len({tuple(t) for t in texts(expected)}) == 4
+    assert len({round(logprobs(output)[0], 3) for output in expected}) == 4  # each does something

@@ -30,7 +30,8 @@ def printed(text: str) -> Any:
     return json.loads([line for line in text.splitlines() if line.startswith("[[")][-1])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
+# Experts first: what vLLM sets up for a process with its first engine is without them otherwise.
+@pytest.mark.parametrize("name", ["mixtral", "llama", "qwen3", "gemma3", "gpt2"])
 def test_tokens_and_probabilities_are_those_of_a_forward_hook(name: str, models: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -53,7 +54,7 @@ def test_tokens_and_probabilities_are_those_of_a_forward_hook(name: str, models:
     for output, (layer, moved, decode_only) in zip(outputs, wanted, strict=True):
         tokens, numbers = engines.judged(judge, output, moved, layer, decode_only)
         assert list(output.token_ids) == tokens
-        assert engines.logprobs(output) == pytest.approx(numbers, abs=2e-4)
+        assert engines.logprobs(output) == pytest.approx(numbers, abs=engines.TOLERANCE)
     assert len({tuple(t) for t in engines.texts(outputs)}) >= 3  # the vectors do something
 
 
@@ -80,6 +81,8 @@ def test_processes_and_ranks_give_the_same(ranks: int, more: list[str], models: 
     native = engines.engine(path, SteerSpec(steer=engines.HOOKS, rows=8))
     expected = engines.texts(engines.generated(native, STEERING, TOKENS))
     env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])}
+    if "ngram" in more:
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the runner V2 has no such drafts
     command = [sys.executable, "-m", "tests.vllm.processes", str(path), str(ranks), *more]
     done = subprocess.run(command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
