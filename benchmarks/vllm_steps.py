@@ -139,6 +139,7 @@ class Engine:
         self.core = self.engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self._number = 0
+        self._live: list[str] = []
 
     def add(self, scenario: Scenario, requests: int, tokens: int) -> float:
         """Submit requests; returns milliseconds of one, median."""
@@ -153,8 +154,9 @@ class Engine:
                 extra_args=None if asked is None else {"steer": asked},
             )  # fmt: skip
             self._number += 1
+            self._live.append(f"r{self._number}")
             start = time.perf_counter()
-            self.engine.add_request(f"r{self._number}", prompt, params)
+            self.engine.add_request(self._live[-1], prompt, params)
             spent.append(time.perf_counter() - start)
         return statistics.median(spent) * 1e3
 
@@ -164,7 +166,15 @@ class Engine:
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 found[int(output.request_id[1:])] = list(output.outputs[0].token_ids)
+        self._live.clear()
         return [found[n] for n in sorted(found)]
+
+    def abort(self) -> None:
+        """End all requests."""
+        self.engine.abort_request(self._live)
+        self._live.clear()
+        while self.core.scheduler.has_requests():
+            self.engine.step()
 
     def until_decoding(self, requests: int) -> float:
         """Run the prefill steps; seconds."""
@@ -202,7 +212,7 @@ def decode(engine: Engine, scenario: Scenario, requests: int, steps: int) -> dic
     submit = engine.add(scenario, requests, 4 * steps + 16)
     first = engine.until_decoding(requests)
     measured = engine.measure(steps)
-    engine.drain()
+    engine.abort()
     return {**measured, "submit_ms": submit, "prefill_s": first}
 
 
@@ -212,6 +222,14 @@ def prefill(engine: Engine, scenario: Scenario, requests: int) -> dict[str, floa
     found = kernels(engine.engine.step, 1)
     engine.drain()
     return {"kernel_us": found.microseconds, "kernels": found.count}
+
+
+def throughput(engine: Engine, scenario: Scenario, requests: int) -> dict[str, float]:
+    """Tokens of a second from submission to the end, of prompts of 64 tokens and 128 more."""
+    start = time.perf_counter()
+    engine.add(scenario, requests, TOKENS)
+    engine.drain()
+    return {"tokens_s": requests * TOKENS / (time.perf_counter() - start)}
 
 
 def model_folder() -> Path:
@@ -286,6 +304,7 @@ def main() -> None:
             batch = found.setdefault((name, f"decode_{options.requests}"), [])
             batch.append(decode(engine, scenario, options.requests, options.steps))
             found.setdefault((name, "decode_1"), []).append(decode(engine, scenario, 1, options.steps))
+            found.setdefault((name, "generate"), []).append(throughput(engine, scenario, options.requests))
             found.setdefault((name, "prefill_8192"), []).append(prefill(engine, scenario, 8192 // PROMPT))
         print("round", number, flush=True)
     rows = table(found)

@@ -25,7 +25,8 @@ pytestmark = [
 def run(model: Path, cache: Path, *hooks: str, cut: str = "pieces") -> dict[str, Any]:
     """What a process of its own prints."""
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), os.environ.get("PYTHONPATH", "")]), "VLLM_CACHE_ROOT": str(cache),
+        "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), os.environ.get("PYTHONPATH", "")]),
+        "VLLM_CACHE_ROOT": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "VLLM_CPU_CI_ENV": "0",
     }  # fmt: skip
