@@ -10,7 +10,7 @@ import torch
 
 from steer_compile.errors import VectorError
 from steer_compile.runtime.gates import Clamp, Clamps, Monitors
-from steer_compile.runtime.tables import TableSet
+from steer_compile.runtime.tables import TableSet, numbers
 from steer_compile.runtime.vectors import SiteKey, VectorSet, scaled
 
 Parts: TypeAlias = tuple[tuple[VectorSet, float], ...]
@@ -82,10 +82,10 @@ class Contents:
         tables.put("table", row, 1, scaled(self.parts))
         monitors = dict(self.monitors)
         tables.put("rowprobe", row, 1, {site: m.probe for site, m in monitors.items()})
-        settings = {site: torch.tensor([m.threshold, m.sharpness]) for site, m in monitors.items()}
+        settings = {site: numbers([m.threshold, m.sharpness]) for site, m in monitors.items()}
         tables.put("rowprobe_set", row, 1, settings)
         clamps = dict(self.clamps)
         directions = {site: torch.stack([c.direction for c in each]) for site, each in clamps.items()}
         tables.put("clamp", row * most_clamps, most_clamps, directions)
-        bounds = {site: torch.tensor([[c.lo, c.hi, c.strength] for c in each]) for site, each in clamps.items()}
+        bounds = {site: numbers([[c.lo, c.hi, c.strength] for c in each]) for site, each in clamps.items()}
         tables.put("clamp_set", row * most_clamps, most_clamps, bounds)

@@ -10,7 +10,7 @@ import torch
 
 from steer_compile.runtime.gates import Monitor, SiteLike
 from steer_compile.runtime.scope import Scope
-from steer_compile.runtime.tables import TableSet
+from steer_compile.runtime.tables import TableSet, numbers
 from steer_compile.runtime.vectors import SiteKey, VectorSet, finite, site_key, vector_set
 
 TOKEN_KINDS = ("tier", "probe", "rowprobe")
@@ -77,7 +77,7 @@ class SiteMonitors:
         self._tables.put("tier", 0, 1, dict(self._tier.items()))
         self._tables.put("probe", 0, 1, {site: monitor.probe for site, (monitor, _) in self._monitors.items()})
         settings = {
-            site: torch.tensor([monitor.threshold, monitor.sharpness, float(gate_rows), 1.0])
+            site: numbers([monitor.threshold, monitor.sharpness, float(gate_rows), 1.0])
             for site, (monitor, gate_rows) in self._monitors.items()
         }
         self._tables.put("probe_set", 0, 1, settings)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,8 @@ class TableSet:
             if self.device is None:
                 self.device = device
                 self.rows = torch.zeros(self.spec.max_tokens, dtype=torch.int32, device=device)
-                self.gain, self.decode = (torch.zeros(self.spec.max_tokens, device=device) for _ in range(2))
+                most = self.spec.max_tokens
+                self.gain, self.decode = (torch.zeros(most, dtype=torch.float32, device=device) for _ in range(2))
                 self.scale = torch.ones(RESERVED_ROWS + self.spec.rows, dtype=torch.float32, device=device)
             for bank in banks[len(self.tensors) :]:
                 line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
@@ -173,6 +175,11 @@ class TableSet:
                 for i, key in enumerate(bank.sites):
                     found[key] = tensor[i, :tokens]
         return found
+
+
+def numbers(given: Sequence[Any]) -> torch.Tensor:
+    """fp32 numbers on the CPU, whatever the default dtype and device are, as they may be another model's."""
+    return torch.tensor(given, dtype=torch.float32, device="cpu")
 
 
 def _room(bank: Bank, device: torch.device) -> torch.Tensor:

@@ -214,7 +214,15 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(
 
 
 def test_bf16_tables_and_streams(models: Path) -> None:
-    low = engines.engine(engines.saved("llama", models), SteerSpec(steer=("post_block",), rows=4), dtype="bfloat16")
-    idle, steered = generated(low, [None, at(1, vector(1, 3.0))])
+    """Also with the families that have numbers of fp32 for each token."""
+    ops = ("add", "row_monitor", "clamp")
+    spec = SteerSpec(steer=("post_block",), rows=4, ops=ops, clamps=1)
+    low = engines.engine(engines.saved("llama", models), spec, dtype="bfloat16")
+    shut = {"probe": vector(1).tolist(), "threshold": 1e6, "sharpness": 10.0}
+    strong = at(1, vector(1, 3.0))
+    idle, steered, prefill, gated = generated(
+        low, [None, strong, at(1, vector(1, 3.0), "prefill"), {**strong, "monitors": {"layers.1.post_block": shut}}]
+    )
     assert texts([idle]) != texts([steered])
+    assert texts([gated]) == texts([prefill]) != texts([steered])
     assert torch.isfinite(torch.tensor(engines.logprobs(steered))).all()

@@ -19,7 +19,7 @@ from steer_compile.ir import Site
 from steer_compile.passes.plan_edits import reserve_banks
 from steer_compile.runtime.registry import Registry
 from steer_compile.vllm.admission import Grants, block_keys, row_keys
-from steer_compile.vllm.requests import DIGESTS, KEY
+from steer_compile.vllm.requests import DIGESTS, KEY, parse
 from steer_compile.vllm.rows import RequestRows
 
 WIDTH = 4
@@ -193,3 +193,16 @@ def test_keys_of_cached_blocks() -> None:
     assert block_keys(request(decode="d"), 0, 10) == ()
     assert block_keys(request(), 0, 32) == ()
     assert block_keys(SimpleNamespace(num_prompt_tokens=4, sampling_params=None), 0, 8) == ()
+
+
+def test_numbers_of_tokens_are_fp32_whatever_the_default_dtype_is() -> None:
+    """vLLM builds a model, and so its tables, with the model's dtype as default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = registry()
+        handle = made.register(parse({"monitors": {"layers.0.post_block": {"probe": [1.0] * WIDTH, "threshold": 0.1}}}))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {made.tables.gain.dtype, made.tables.decode.dtype, made.tables.scale.dtype} == {torch.float32}
+    row = made.tables.view("rowprobe_set", ("post_block", 0))[handle.rows["decode"]]
+    assert row.tolist() == torch.tensor([0.1, 1.0]).tolist()
