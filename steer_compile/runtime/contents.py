@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -73,19 +73,19 @@ class Contents:
                     "dtype in the spec"
                 )
 
-    def write(self, tables: TableSet, row: int, most_clamps: int) -> None:
-        """Write a row of every table: what the contents do not name is neutral afterwards.
+    def write(self, tables: TableSet, rows: Sequence[int], most_clamps: int) -> None:
+        """Write some rows of every table: what the contents do not name is neutral afterwards.
 
         Raises:
             VectorError: a sum of vectors overflows the table's dtype.
         """
-        tables.put("table", row, 1, scaled(self.parts))
+        tables.put("table", rows, 1, scaled(self.parts))
         monitors = dict(self.monitors)
-        tables.put("rowprobe", row, 1, {site: m.probe for site, m in monitors.items()})
+        tables.put("rowprobe", rows, 1, {site: m.probe for site, m in monitors.items()})
         settings = {site: numbers([m.threshold, m.sharpness]) for site, m in monitors.items()}
-        tables.put("rowprobe_set", row, 1, settings)
-        clamps = dict(self.clamps)
+        tables.put("rowprobe_set", rows, 1, settings)
+        clamps, lines = dict(self.clamps), [row * most_clamps for row in rows]
         directions = {site: torch.stack([c.direction for c in each]) for site, each in clamps.items()}
-        tables.put("clamp", row * most_clamps, most_clamps, directions)
+        tables.put("clamp", lines, most_clamps, directions)
         bounds = {site: numbers([[c.lo, c.hi, c.strength] for c in each]) for site, each in clamps.items()}
-        tables.put("clamp_set", row * most_clamps, most_clamps, bounds)
+        tables.put("clamp_set", lines, most_clamps, bounds)

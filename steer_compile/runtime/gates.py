@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 
@@ -41,6 +41,13 @@ class Monitor:
         if self.sharpness < 0:
             raise VectorError(f"the sharpness of a monitor is {sharpness!r}, below 0; turn the probe around instead")
         object.__setattr__(self, "digest", _digest(self.probe, self.threshold, self.sharpness))
+
+    @classmethod
+    def checked(cls, probe: torch.Tensor, threshold: float, sharpness: float, digest: str) -> Self:
+        """A monitor of the attributes of one that was checked."""
+        made = cls.__new__(cls)
+        vars(made).update(probe=probe, threshold=threshold, sharpness=sharpness, digest=digest)
+        return made
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Monitor) and self.digest == other.digest
@@ -91,6 +98,13 @@ class Clamp:
         if self.lo > self.hi:
             raise VectorError(f"a clamp has lo={self.lo} above hi={self.hi}; exchange them")
         object.__setattr__(self, "digest", _digest(self.direction, self.lo, self.hi, self.strength))
+
+    @classmethod
+    def checked(cls, direction: torch.Tensor, lo: float, hi: float, strength: float, digest: str) -> Self:
+        """A clamp of the attributes of one that was checked."""
+        made = cls.__new__(cls)
+        vars(made).update(direction=direction, lo=lo, hi=hi, strength=strength, digest=digest)
+        return made
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Clamp) and self.digest == other.digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.site_monitors import SiteMonitors
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.tables import TableSet
-from steer_compile.runtime.vectors import PHASES, VectorSet, finite, vector_set
+from steer_compile.runtime.vectors import PHASES, TokenSelection, VectorSet, finite, vector_set
 from steer_compile.spec import SteerSpec
 
 
@@ -28,7 +29,7 @@ class Handle:
     """A registered configuration and the rows that it holds."""
 
     number: int
-    config: Steering
+    names: frozenset[str]
     keys: tuple[RowKey, ...]
     plan: RowPlan
 
@@ -101,7 +102,7 @@ class Registry:
         with self._lock:
             old = self._named.get(name)
             if old is not None and old != checked:
-                users = sum(any(n == name for n, _ in h.config.named) for h in self._handles.values())
+                users = sum(name in h.names for h in self._handles.values())
                 if users:
                     raise VectorError(f"vector set {name!r} is used by {users} live handles; release them first")
                 if not replace:
@@ -178,12 +179,24 @@ class Registry:
             TableFull: no free row. UnknownName: an unregistered vector set. VectorError, SiteNotFound: bad vectors,
                 monitors or clamps.
         """
+        with self._lock:
+            made = {phase: self._own_contents(config, phase) for phase in PHASES}
+            return self.adopt(made, config.tokens, frozenset(name for name, _ in config.named))
+
+    def adopt(
+        self, made: Mapping[str, Contents], tokens: TokenSelection | None, names: frozenset[str] = frozenset()
+    ) -> Handle:
+        """Take rows for contents by phase; ``names`` are of the vector sets among them.
+
+        Raises:
+            TableFull: no free row. VectorError, SiteNotFound: contents that do not fit.
+        """
         with self._lock, torch.no_grad():
-            taken = self._rows.take({phase: self._own_contents(config, phase) for phase in PHASES})
+            taken = self._rows.take(made)
             keys = tuple(key for key, _ in taken.values())
             prefill, decode = (taken[phase][1] if phase in taken else 0 for phase in PHASES)
             self._number += 1
-            handle = Handle(self._number, config, keys, RowPlan((prefill, decode), config.tokens))
+            handle = Handle(self._number, names, keys, RowPlan((prefill, decode), tokens))
             self._handles[handle.number] = handle
             return handle
 

@@ -53,22 +53,32 @@ class RowStore:
         Raises:
             TableFull: no free row. VectorError, SiteNotFound: contents that do not fit.
         """
-        for phase, contents in made.items():
-            self.check(contents)
-            (self._everyone[phase] + contents).check_room(self._most_clamps)
         keys = {phase: (phase, contents.digest()) for phase, contents in made.items() if contents}
+        live = self._rows.live()
+        for contents in {key[1]: made[phase] for phase, key in keys.items() if key not in live}.values():
+            self.check(contents)
+        for phase, contents in made.items():
+            (self._everyone[phase] + contents).check_room(self._most_clamps)
         acquired = self._rows.acquire(list(keys.values()))
         try:
-            for phase, key in keys.items():
-                row, new = acquired[key]
-                if new:
-                    self._contents[key] = made[phase]
-                    self._write(row, phase, made[phase])
-                    self.set_scale(row, 1.0)
+            self._fill({phase: acquired[key][0] for phase, key in keys.items() if acquired[key][1]}, made)
         except VectorError:
             self.drop(tuple(keys.values()))
             raise
         return {phase: (key, acquired[key][0]) for phase, key in keys.items()}
+
+    def _fill(self, rows: Mapping[str, int], made: Mapping[str, Contents]) -> None:
+        """Write new rows; phases with the same content, everyone's included, are written together."""
+        together: dict[str, tuple[Contents, list[int]]] = {}
+        for phase, row in rows.items():
+            self._contents[phase, made[phase].digest()] = made[phase]
+            whole = self._everyone[phase] + made[phase]
+            together.setdefault(whole.digest(), (whole, []))[1].append(row)
+        if self._tables.device is not None:
+            for whole, places in together.values():
+                whole.write(self._tables, places, self._most_clamps)
+        for row in rows.values():
+            self.set_scale(row, 1.0)
 
     def drop(self, keys: tuple[RowKey, ...]) -> None:
         """Give one reference of each row back."""
@@ -113,4 +123,4 @@ class RowStore:
 
     def _write(self, row: int, phase: str, own: Contents) -> None:
         if self._tables.device is not None:
-            (self._everyone[phase] + own).write(self._tables, row, self._most_clamps)
+            (self._everyone[phase] + own).write(self._tables, [row], self._most_clamps)

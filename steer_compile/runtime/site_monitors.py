@@ -74,13 +74,13 @@ class SiteMonitors:
 
     def write(self) -> None:
         """Write the tier and the monitors of all compiled sites."""
-        self._tables.put("tier", 0, 1, dict(self._tier.items()))
-        self._tables.put("probe", 0, 1, {site: monitor.probe for site, (monitor, _) in self._monitors.items()})
+        self._tables.put("tier", (0,), 1, dict(self._tier.items()))
+        self._tables.put("probe", (0,), 1, {site: monitor.probe for site, (monitor, _) in self._monitors.items()})
         settings = {
             site: numbers([monitor.threshold, monitor.sharpness, float(gate_rows), 1.0])
             for site, (monitor, gate_rows) in self._monitors.items()
         }
-        self._tables.put("probe_set", 0, 1, settings)
+        self._tables.put("probe_set", (0,), 1, settings)
 
     def bind(self) -> None:
         """Write everything into tables that have grown, in the middle of a call if need be."""

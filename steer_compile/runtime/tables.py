@@ -39,6 +39,7 @@ class TableSet:
         self._views: dict[tuple[str, SiteKey], torch.Tensor] = {}
         self._families: dict[SiteKey, tuple[str, ...]] = {}
         self.tensors: list[torch.Tensor] = []
+        self._neutral: list[torch.Tensor] = []
         self.device: torch.device | None = None
         self.rows: torch.Tensor = torch.empty(0)
         self.scale: torch.Tensor = torch.empty(0)
@@ -59,6 +60,7 @@ class TableSet:
             for bank in banks[len(self.tensors) :]:
                 line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
                 self.tensors.append(_room(bank, device).copy_(line))
+                self._neutral.append(line)
         self.banks = banks
         for bank, tensor in zip(banks, self.tensors, strict=True):
             for site, part in zip(bank.sites, tensor.unbind(), strict=True):
@@ -129,8 +131,8 @@ class TableSet:
                 "wide; give one number for each"
             )
 
-    def put(self, kind: str, start: int, count: int, values: Mapping[SiteKey, torch.Tensor]) -> None:
-        """Write lines ``start`` to ``start + count`` of every site in the banks of a kind.
+    def put(self, kind: str, starts: Sequence[int], count: int, values: Mapping[SiteKey, torch.Tensor]) -> None:
+        """Write ``count`` lines from each of ``starts`` on, of every site in the banks of a kind.
 
         Args:
             values: fp32 lines ``(n, width)`` with n <= count, or one line ``(width,)``; what they do not name becomes
@@ -139,16 +141,13 @@ class TableSet:
         Raises:
             VectorError: a number overflows the bank's dtype.
         """
-        for bank, tensor in zip(self.banks, self.tensors, strict=True):
+        for bank, tensor, source in zip(self.banks, self.tensors, self._neutral, strict=True):
             if bank.kind == kind:
-                part = tensor[:, start : start + count]
                 if any(site in values for site in bank.sites):
                     block = _block(bank, count, values)
-                    part.copy_(block.pin_memory() if tensor.is_cuda else block, non_blocking=True)
-                elif kind in _NEUTRAL:
-                    part.copy_(torch.tensor(_NEUTRAL[kind], dtype=bank.dtype))
-                else:
-                    part.zero_()
+                    source = block.pin_memory() if tensor.is_cuda else block
+                for start in starts:
+                    tensor[:, start : start + count].copy_(source, non_blocking=True)
 
     def index(self, rows: npt.NDArray[np.int32]) -> None:
         """Set the row of the first ``rows.size`` tokens."""

@@ -9,8 +9,9 @@ import torch
 from steer_compile.errors import TableFull
 from steer_compile.runtime.registry import Registry
 from steer_compile.vllm.model import Shape, expected_banks
-from steer_compile.vllm.requests import parse, plain
+from steer_compile.vllm.requests import parse
 from steer_compile.vllm.settings import Settings, load_vectors
+from steer_compile.vllm.transport import sent
 
 
 class FrontEnd:
@@ -37,4 +38,4 @@ class FrontEnd:
         needed = sum(bool(digest) for digest in digests.values())
         if needed > self._rows:
             raise TableFull(f"the request needs {needed} rows, one for each phase, and the spec has rows={self._rows}")
-        return plain(steering), digests
+        return sent(made, steering.tokens), digests

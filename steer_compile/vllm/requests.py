@@ -26,7 +26,7 @@ import torch
 from steer_compile.errors import SpecError, VectorError
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.steering import Steering
-from steer_compile.runtime.vectors import SiteKey, TokenSelection, VectorSet
+from steer_compile.runtime.vectors import TokenSelection
 
 KEY = "steer"
 """Key of a request's steering in ``extra_args`` and ``vllm_xargs``."""
@@ -64,52 +64,6 @@ def digests(extra_args: object) -> tuple[str, str]:
     """Digests of a request that the front end let in, in prefill and in decode; "" for nothing of its own."""
     given = extra_args.get(DIGESTS) if isinstance(extra_args, Mapping) and KEY in extra_args else None
     return (str(given["prefill"]), str(given["decode"])) if isinstance(given, Mapping) else ("", "")
-
-
-def plain(steering: Steering) -> dict[str, Any]:
-    """A request's steering as data that crosses processes; `parse` makes the same of it again."""
-    tiers = {"base": steering.base, "prefill": steering.prefill, "decode": steering.decode}
-    data: dict[str, Any] = {tier: _packed_set(vectors) for tier, vectors in tiers.items() if vectors}
-    data |= {"named": [list(item) for item in steering.named], "scale": steering.scale}
-    if steering.tokens is not None:
-        chosen = steering.tokens
-        spans = [list(span) for span in chosen.spans]
-        data["tokens"] = {"spans": spans, "last_prompt": chosen.last_prompt, "generated": chosen.generated}
-    data["monitors"] = {
-        _name(site): {"probe": pack(m.probe), "threshold": m.threshold, "sharpness": m.sharpness}
-        for site, m in steering.monitors
-    }
-    data["clamps"] = {_name(site): [_plain_clamp(clamp) for clamp in clamps] for site, clamps in steering.clamps}
-    return data
-
-
-def _packed_set(vectors: VectorSet) -> dict[str, Any]:
-    """Vectors of a tier by hook, packed in one piece where they have one width."""
-    found: dict[str, Any] = {}
-    for sites, block in vectors.blocks:
-        for hook in dict.fromkeys(hook for hook, _ in sites):
-            chosen = [i for i, site in enumerate(sites) if site[0] == hook]
-            if hook in found or len(vectors.blocks) > 1:
-                found |= {_name(sites[i]): pack(block[i]) for i in chosen}
-            else:
-                found[hook] = {"layers": [sites[i][1] for i in chosen], **pack(block[chosen])}
-    return found
-
-
-def _plain_clamp(clamp: Clamp) -> dict[str, Any]:
-    bounds = {"lo": clamp.lo, "hi": clamp.hi}
-    finite = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
-    return {"direction": pack(clamp.direction), "strength": clamp.strength, **finite}
-
-
-def _name(site: SiteKey) -> str:
-    return f"layers.{site[1]}.{site[0]}"
-
-
-def pack(vector: torch.Tensor) -> dict[str, Any]:
-    """A vector (H,) or several (N, H) in packed form, fp32."""
-    numbers = vector.detach().to("cpu", torch.float32).contiguous()
-    return {"dtype": "float32", "shape": list(numbers.shape), "data": numbers.numpy().tobytes()}
 
 
 def _decoded(given: object) -> object:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import GLOBAL_ROWS
 from steer_compile.runtime.vectors import PHASES, TokenSelection
-from steer_compile.vllm.requests import KEY, parse
+from steer_compile.vllm.requests import KEY
+from steer_compile.vllm.transport import received
 
 Numbers = npt.NDArray[np.int32]
 _EVERYONE = tuple(GLOBAL_ROWS[phase] for phase in PHASES)
@@ -64,7 +65,7 @@ class RequestRows:
         self.drop((request,))
         if not extra_args or KEY not in extra_args:
             return
-        handle = self._registry.register(parse(extra_args[KEY]))
+        handle = self._registry.adopt(*received(extra_args[KEY]))
         if not self._free:
             count = len(self._rows)
             self._free = list(range(2 * count - 1, count - 1, -1))

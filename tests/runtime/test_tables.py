@@ -51,11 +51,11 @@ def test_each_part_is_whole_and_aligned(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("poisoned_empty")
 def test_lines_are_written_where_they_belong(dtype: torch.dtype) -> None:
     tables = grown(17, dtype)
-    tables.put("table", 1, 2, {SITES[1]: torch.arange(34.0).view(2, 17)})
+    tables.put("table", (1,), 2, {SITES[1]: torch.arange(34.0).view(2, 17)})
     expected = torch.zeros(3, 5, 17, dtype=dtype)
     expected[1, 1:3] = torch.arange(34.0).view(2, 17)
     assert torch.equal(tables.tensors[0], expected)
-    tables.put("table", 2, 1, {})
+    tables.put("table", (2,), 1, {})
     expected[:, 2] = 0
     assert torch.equal(tables.tensors[0], expected)
     assert torch.equal(tables.named(("steer_bank_0",))["steer_bank_0"], expected)

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from steer_compile import Clamp, Monitor, SteerSpec
 from steer_compile.errors import SiteNotFound, SpecError, SteerError, TableFull, VectorError
+from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.vectors import TokenSelection
 from steer_compile.vllm.frontend import FrontEnd
 from steer_compile.vllm.model import Shape
-from steer_compile.vllm.requests import parse, plain
+from steer_compile.vllm.requests import parse
 from steer_compile.vllm.settings import Settings, build, cli_config, engine_args
+from steer_compile.vllm.transport import received, sent
 
 WIDTH = 8
 OPS = ("add", "row_monitor", "clamp")
@@ -29,6 +31,16 @@ def front(rows: int = 4, **options: Any) -> FrontEnd:
     return FrontEnd(Settings(spec), Shape(WIDTH, torch.float16, range(4), 4))
 
 
+def crossed(data: Any) -> Any:
+    """What arrives of plain data; anything else does not cross processes."""
+    if isinstance(data, dict):
+        return {str(key): crossed(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [crossed(item) for item in data]
+    assert data is None or isinstance(data, bool | int | float | str | bytes)
+    return data
+
+
 def test_steering_survives_the_way_to_the_engine() -> None:
     vector = torch.linspace(-1, 1, WIDTH)
     config = Steering(
@@ -37,7 +49,15 @@ def test_steering_survives_the_way_to_the_engine() -> None:
         monitors={("post_block", 1): Monitor(vector, 0.5)},
         clamps={("post_block", 2): [Clamp(vector, lo=-1.0), Clamp(vector, value=0.0)]},
     )  # fmt: skip
-    assert parse(plain(config)) == config
+    made = {
+        phase: Contents(((config.base, 2.0), (config.tier(phase), 1.0)), config.monitors, config.clamps)
+        for phase in ("prefill", "decode")
+    }
+    data = sent(made, config.tokens)
+    assert received(crossed(data)) == (made, config.tokens)
+    alike = {phase: Contents(((config.base, 1.0),)) for phase in ("prefill", "decode")}
+    assert len(sent(alike, None)["contents"]) == 1
+    assert received(sent({"prefill": Contents(), "decode": alike["decode"]}, None))[0]["prefill"] == Contents()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -107,7 +127,7 @@ def test_the_front_end_knows_the_engines_sites_and_room() -> None:
     ones = [1.0] * WIDTH
     data, digests = front().checked({"decode": {"post_block": {"3": ones}}})
     assert digests["prefill"] == "" != digests["decode"]
-    assert parse(data).decode
+    assert received(data)[0]["decode"].parts
     with pytest.raises(SiteNotFound):
         front().checked({"base": {"post_block": {"4": ones}}})
     with pytest.raises(SiteNotFound):

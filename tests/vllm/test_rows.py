@@ -21,6 +21,7 @@ from steer_compile.runtime.registry import Registry
 from steer_compile.vllm.admission import Grants, block_keys, row_keys
 from steer_compile.vllm.requests import DIGESTS, KEY, parse
 from steer_compile.vllm.rows import RequestRows
+from steer_compile.vllm.transport import sent
 
 WIDTH = 4
 ZERO, GLOBAL_PREFILL, GLOBAL_DECODE = 0, 1, 2
@@ -41,6 +42,14 @@ def steering(kind: str, seed: int) -> dict[str, Any] | None:
         "none": None, "base": {"base": vector}, "prefill": {"prefill": vector}, "decode": {"decode": vector},
         "some": {"base": vector, "tokens": tokens},
     }[kind]  # fmt: skip
+
+
+def asks(made: Registry, asked: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Extra arguments of a request, as the front end hands them on."""
+    if asked is None:
+        return None
+    config = parse(asked)
+    return {KEY: sent(made.preview(config), config.tokens)}
 
 
 KINDS = st.sampled_from(["none", "base", "prefill", "decode", "some"])
@@ -67,7 +76,7 @@ def test_each_token_reads_the_row_of_its_request_and_position(
         names = [f"{number}.{i}" for i in range(len(step))]
         for name, (kind, seed, *_) in zip(names, step, strict=True):
             asked = steering(kind, seed)
-            rows.admit(name, None if asked is None else {KEY: asked})
+            rows.admit(name, asks(made, asked))
         run(rows, names, [(start, length, prompt) for _, _, start, length, prompt in step])
         expected, mask = [], []
         for kind, seed, start, length, prompt in step:
@@ -98,20 +107,21 @@ def test_a_step_that_the_tables_hold_is_not_sent_again(monkeypatch: pytest.Monke
 
 
 def test_without_a_free_row_a_request_is_not_run() -> None:
-    rows = RequestRows(registry(rows=1))
-    rows.admit("a", {KEY: steering("decode", 0)})
-    rows.admit("b", {KEY: steering("decode", 0)})  # the same content
+    made = registry(rows=1)
+    rows = RequestRows(made)
+    rows.admit("a", asks(made, steering("decode", 0)))
+    rows.admit("b", asks(made, steering("decode", 0)))  # the same content
     with pytest.raises(TableFull):
-        rows.admit("c", {KEY: steering("decode", 1)})
+        rows.admit("c", asks(made, steering("decode", 1)))
     rows.drop(["a", "b", "unknown"])
-    rows.admit("c", {KEY: steering("decode", 1)})
+    rows.admit("c", asks(made, steering("decode", 1)))
 
 
 def test_a_request_that_goes_on_with_other_steering_changes_its_rows() -> None:
     made = registry(rows=1)
     rows = RequestRows(made)
     for asked in (steering("prefill", 0), steering("prefill", 1), None, steering("decode", 2)):
-        rows.admit("a", None if asked is None else {KEY: asked})
+        rows.admit("a", asks(made, asked))
         run(rows, ["a"], [(0, 4, 3)])
         table = made.tables.view("table", ("post_block", 0))
         found = table[made.tables.rows[:4].long()][:, 0].tolist()

@@ -36,15 +36,17 @@ def rows_of(runner: Any) -> RequestRows | None:
     Raises:
         NotSteered: its engine has one, and the model was built without tables.
     """
-    if runner not in _ROWS:
-        if id(runner.vllm_config) in _ANNOUNCED:
-            _ROWS[runner] = RequestRows(_ANNOUNCED.pop(id(runner.vllm_config)).registry)
-        elif KEY in (runner.vllm_config.additional_config or {}):
-            raise NotSteered(
-                "this engine has a spec, and its model was built without tables; no step runs unsteered: report the "
-                "model and the version of vLLM"
-            )
-    return _ROWS.get(runner)
+    rows = _ROWS.get(runner)
+    if rows is not None:
+        return rows
+    if id(runner.vllm_config) in _ANNOUNCED:
+        return _ROWS.setdefault(runner, RequestRows(_ANNOUNCED.pop(id(runner.vllm_config)).registry))
+    if KEY in (runner.vllm_config.additional_config or {}):
+        raise NotSteered(
+            "this engine has a spec, and its model was built without tables; no step runs unsteered: report the model "
+            "and the version of vLLM"
+        )
+    return None
 
 
 def dropped(rows: RequestRows, scheduled: Any) -> None:

@@ -18,11 +18,12 @@ _QUEUES = ("skipped_waiting", "kv_holding_waiting", "waiting")
 
 
 class _Desk:
-    """What one scheduler's engine has: its rows, and the live requests that may need some."""
+    """What one scheduler's engine has: its rows, the live requests that may need some, the names of its queues."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, scheduler: Any) -> None:
         self.grants = Grants(rows)
         self.steered: set[str] = set()
+        self.queues = [name for name in _QUEUES if name in vars(scheduler)]
 
 
 _DESKS: WeakKeyDictionary[Any, _Desk | None] = WeakKeyDictionary()
@@ -46,7 +47,7 @@ def install() -> None:
 def _desk(scheduler: Any) -> _Desk | None:
     if scheduler not in _DESKS:
         settings = settings_of(scheduler.vllm_config)
-        _DESKS[scheduler] = None if settings is None else _Desk(settings.spec.rows)
+        _DESKS[scheduler] = None if settings is None else _Desk(settings.spec.rows, scheduler)
     return _DESKS[scheduler]
 
 
@@ -67,11 +68,13 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
         desk = _desk(self)
         if desk is None or not desk.steered:
             return original(self, *args, **kwargs)
-        desk.grants.release(self.finished_req_ids)  # of which the runners hear in this step
-        desk.steered -= self.finished_req_ids - self.requests.keys()  # an identifier may be taken again
+        if self.finished_req_ids:  # of which the runners hear in this step
+            desk.grants.release(self.finished_req_ids)
+            desk.steered -= self.finished_req_ids - self.requests.keys()  # an identifier may be taken again
         with _held(self, desk):
             output = original(self, *args, **kwargs)
-        desk.grants.release(output.preempted_req_ids or ())
+        if output.preempted_req_ids:
+            desk.grants.release(output.preempted_req_ids)
         begun = [new.req_id for new in output.scheduled_new_reqs]
         for request in (*begun, *output.scheduled_cached_reqs.resumed_req_ids):
             if request in desk.steered:
@@ -84,16 +87,18 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _held(scheduler: Any, desk: _Desk) -> Iterator[None]:
     """Requests without rows are out of the queues for one step, and come back in front of the others."""
-    queues = [vars(scheduler)[name] for name in _QUEUES if name in vars(scheduler)]
-    waiting = [request for queue in queues for request in queue if request.request_id in desk.steered]
+    queues = [vars(scheduler)[name] for name in desk.queues]
+    waiting = [request for queue in queues if queue for request in queue if request.request_id in desk.steered]
     held = desk.grants.beyond(waiting) if waiting else []
-    parts = [[r for r in queue if any(r is h for h in held)] if held else [] for queue in queues]
+    if not held:
+        yield
+        return
+    names = {request.request_id for request in held}
+    parts = [[r for r in queue if r.request_id in names] for queue in queues]
     for queue, part in zip(queues, parts, strict=True):
-        if part:
-            queue.remove_requests(part)
+        queue.remove_requests(part)
     try:
         yield
     finally:
-        for name, part in zip((n for n in _QUEUES if n in vars(scheduler)), parts, strict=True):
-            if part:
-                vars(scheduler)[name].prepend_requests(reversed(part))
+        for name, part in zip(desk.queues, parts, strict=True):
+            vars(scheduler)[name].prepend_requests(reversed(part))
