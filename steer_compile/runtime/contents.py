@@ -59,13 +59,13 @@ class Contents:
                     f"clamps={most_clamps}; raise it and compile again, or give fewer"
                 )
 
-    def check_range(self, tables: TableSet) -> None:
-        """Raise `VectorError` for a sum of vectors that overflows the dtype of its table."""
+    def check_range(self, tables: TableSet, share: float = 1.0) -> None:
+        """Raise `VectorError` for a sum of vectors that overflows a share of the range of its table's dtype."""
         by_dtype: dict[tuple[torch.dtype, int], dict[SiteKey, torch.Tensor]] = {}
         for site, total in scaled(self.parts).items():
             by_dtype.setdefault((tables.view("table", site).dtype, total.numel()), {})[site] = total
         for (dtype, _), sums in by_dtype.items():
-            fits = torch.isfinite(torch.stack(list(sums.values())).to(dtype)).all(dim=1).tolist()
+            fits = torch.isfinite((torch.stack(list(sums.values())) / share).to(dtype)).all(dim=1).tolist()
             if not all(fits):
                 hook, layer = list(sums)[fits.index(False)]
                 raise VectorError(

@@ -112,6 +112,28 @@ class Registry:
             return checked.digest
 
     @property
+    def rows_in_use(self) -> int:
+        """Rows that live handles hold."""
+        with self._lock:
+            return self._rows.in_use
+
+    def forget_vectors(self, name: str) -> None:
+        """Take the name of a vector set away; live handles keep what they have.
+
+        Raises:
+            UnknownName: there is none.
+        """
+        with self._lock:
+            self._require_named(name)
+            del self._named[name]
+
+    def _require_named(self, name: str) -> VectorSet:
+        if name not in self._named:
+            known = ", ".join(sorted(self._named)) or "none"
+            raise UnknownName(f"no vector set is named {name!r}; registered are: {known}")
+        return self._named[name]
+
+    @property
     def names(self) -> dict[str, str]:
         """Registered vector sets: name to content digest."""
         with self._lock:
@@ -132,8 +154,16 @@ class Registry:
         """
         both, shared = (vector_set(base), 1.0), clamps_by_site(clamps)
         tiers = {"prefill": vector_set(prefill), "decode": vector_set(decode)}
+        self.adopt_global({phase: Contents((both, (tiers[phase], 1.0)), (), shared) for phase in PHASES})
+
+    def adopt_global(self, everyone: Mapping[str, Contents]) -> None:
+        """Replace the global tiers and clamps by contents, by phase.
+
+        Raises:
+            VectorError, SiteNotFound: they do not fit; all stays as it was.
+        """
         with self._lock, torch.no_grad():
-            self._rows.set_everyone({phase: Contents((both, (tiers[phase], 1.0)), (), shared) for phase in PHASES})
+            self._rows.set_everyone(everyone)
 
     def clear_global(self) -> None:
         """Empty the global tiers and take the global clamps away."""
@@ -200,8 +230,11 @@ class Registry:
             self._handles[handle.number] = handle
             return handle
 
-    def preview(self, config: Steering) -> dict[str, Contents]:
+    def preview(self, config: Steering, share: float = 1.0) -> dict[str, Contents]:
         """What a configuration would put into a row, by phase, without taking any.
+
+        Args:
+            share: of the range of the tables' dtype that its vectors may use.
 
         Raises:
             UnknownName: an unregistered vector set. VectorError, SiteNotFound: what no row of this spec can hold.
@@ -211,7 +244,7 @@ class Registry:
             for contents in {contents.digest(): contents for contents in made.values()}.values():
                 self._rows.check(contents)
                 contents.check_room(self._spec.clamps)
-                contents.check_range(self.tables)
+                contents.check_range(self.tables, share)
             return made
 
     def release(self, handle: Handle) -> None:
@@ -245,8 +278,5 @@ class Registry:
     def _own_contents(self, config: Steering, phase: str) -> Contents:
         parts = [(config.base, config.scale), (config.tier(phase), config.scale)]
         for name, scale in config.named:
-            if name not in self._named:
-                known = ", ".join(sorted(self._named)) or "none"
-                raise UnknownName(f"no vector set is named {name!r}; registered are: {known}")
-            parts.append((self._named[name], scale * config.scale))
+            parts.append((self._require_named(name), scale * config.scale))
         return Contents(tuple((v, s) for v, s in parts if v), config.monitors, config.clamps)

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from steer_compile.errors import TableFull
+from steer_compile.errors import SpecError, TableFull, VectorError
+from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
 from steer_compile.vllm.model import Shape, expected_banks
 from steer_compile.vllm.requests import parse
 from steer_compile.vllm.settings import Settings, load_vectors
 from steer_compile.vllm.transport import sent
 
+MOST_SETS, MOST_NUMBERS = 256, 1 << 28
+"""Most named vector sets, and numbers in all of them."""
+_SHARE = 0.5
+"""Of the tables' range for what a request adds; the rest is for what everyone gets, so that no sum overflows."""
+
+Everyone = Mapping[str, Contents]
+
 
 class FrontEnd:
-    """The engine's spec and named vectors beside tables of the right shapes that hold nothing."""
+    """The engine's spec and named vectors beside tables of the right shapes that hold nothing.
+
+    Names end here: a request goes on with the vectors that its names had when it came.
+
+    Attributes:
+        everyone: what every request gets, by phase.
+    """
 
     def __init__(self, settings: Settings, shape: Shape) -> None:
+        self.settings = settings
+        self._shape = shape
         self._rows = settings.spec.rows
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}
         self._registry = Registry(settings.spec)
         self._registry.reserve(expected_banks(settings.spec, shape), torch.device("meta"))
+        self.everyone: Everyone = {"prefill": Contents(), "decode": Contents()}
         for name, path in settings.vectors:
-            self._registry.register_vectors(name, load_vectors(path))
+            self.register(name, load_vectors(path))
 
     def checked(self, given: object) -> tuple[dict[str, Any], dict[str, str]]:
         """A request's steering as data for the engine, and the digest of what it adds in each phase ("" for nothing).
@@ -32,10 +53,73 @@ class FrontEnd:
                 the spec has in all.
         """
         steering = parse(given)
-        made = self._registry.preview(steering)
+        made = self._registry.preview(steering, _SHARE)
         tokens = "" if steering.tokens is None else repr(steering.tokens)
         digests = {phase: contents.digest() + tokens if contents else "" for phase, contents in made.items()}
         needed = sum(bool(digest) for digest in digests.values())
         if needed > self._rows:
             raise TableFull(f"the request needs {needed} rows, one for each phase, and the spec has rows={self._rows}")
         return sent(made, steering.tokens), digests
+
+    # -- what an operator changes ---------------------------------------------------------------------------------
+
+    def register(self, name: str, vectors: object, replace: bool = False) -> str:
+        """Name a vector set; returns the digest of its content.
+
+        Raises:
+            VectorError: bad vectors, a taken name without ``replace``, or too many or too large sets.
+            SiteNotFound, SpecError: vectors of sites that the engine does not steer.
+        """
+        with self._lock:
+            size = sum(torch.as_tensor(v).numel() for v in vectors.values()) if isinstance(vectors, dict) else 0
+            others = {other: numbers for other, numbers in self._sizes.items() if other != name}
+            if len(others) >= MOST_SETS or sum(others.values()) + size > MOST_NUMBERS:
+                raise VectorError(
+                    f"the server holds {len(others)} vector sets of {sum(others.values())} numbers, and {MOST_SETS} of "
+                    f"{MOST_NUMBERS} are the most; delete one"
+                )
+            digest = self._registry.register_vectors(name, vectors, replace)
+            self._sizes[name] = size
+            return digest
+
+    def forget(self, name: str) -> None:
+        """Take a name away.
+
+        Raises:
+            UnknownName: there is none.
+        """
+        with self._lock:
+            self._registry.forget_vectors(name)
+            self._sizes.pop(name, None)
+
+    def vectors(self) -> list[dict[str, Any]]:
+        """Named sets: name, digest, how many numbers."""
+        with self._lock:
+            names = self._registry.names
+            return [{"name": n, "digest": names[n], "numbers": self._sizes[n]} for n in sorted(names)]
+
+    def checked_global(self, given: object) -> tuple[dict[str, Any], dict[str, str]]:
+        """What every request is to get, as data for the workers, and its digests; from now on it counts here.
+
+        Raises:
+            SpecError: more than vectors. VectorError, SiteNotFound, UnknownName: what the engine cannot do.
+        """
+        steering = parse(given)
+        if steering.tokens is not None or steering.monitors or steering.clamps:
+            raise SpecError("global steering has vectors only; leave out tokens, monitors and clamps")
+        made = self._registry.preview(steering, _SHARE)
+        return self.restore_global(made), {phase: contents.digest() for phase, contents in made.items()}
+
+    def restore_global(self, made: Everyone) -> dict[str, Any]:
+        """Make contents what every request gets; returns them as data for the workers."""
+        self.everyone = made
+        return sent(made, None)
+
+    def status(self) -> dict[str, Any]:
+        """The spec, the model's stream, named vectors and global steering."""
+        return {
+            "spec": {k: v for k, v in self.settings.spec.to_dict().items() if k != "max_tokens"},
+            "model": {"layers": self._shape.n_layers, "width": self._shape.width},
+            "vectors": self.vectors(),
+            "global": {phase: contents.digest() for phase, contents in self.everyone.items()},
+        }

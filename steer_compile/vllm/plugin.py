@@ -38,6 +38,14 @@ def _unfit(what: str) -> SteerError:
 
 
 def _adapters() -> tuple[Adapter, ...]:
-    from steer_compile.vllm.adapters import cache_keys, compile_path, intake, runner_v1, runner_v2, scheduling
+    from steer_compile.vllm.adapters import (
+        cache_keys,
+        compile_path,
+        intake,
+        runner_v1,
+        runner_v2,
+        scheduling,
+        workers,
+    )
 
-    return (compile_path, intake, scheduling, cache_keys, runner_v1, runner_v2)
+    return (compile_path, intake, scheduling, cache_keys, runner_v1, runner_v2, workers)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import GLOBAL_ROWS
 from steer_compile.runtime.vectors import PHASES, TokenSelection
@@ -45,6 +46,15 @@ class RequestRows:
     def live(self) -> int:
         """Requests that hold rows."""
         return len(self._live)
+
+    def set_everyone(self, everyone: Mapping[str, Contents]) -> None:
+        """Replace what every request gets beside its own."""
+        self._registry.adopt_global(everyone)
+
+    def state(self) -> dict[str, int]:
+        """Requests with rows of their own, rows in use, and rows in all."""
+        rows = self._registry.tables.spec.rows
+        return {"requests": self.live, "rows_in_use": self._registry.rows_in_use, "rows": rows}
 
     def drop(self, requests: Iterable[str]) -> None:
         """Give the rows of requests back that finished or were preempted."""

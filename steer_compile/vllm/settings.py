@@ -30,10 +30,12 @@ class Settings:
     Attributes:
         spec: what may be steered; ``max_tokens`` is the engine's own.
         vectors: pairs of a name and the safetensors file of its vectors (tensors named ``layers.3.post_block``).
+        vector_root: folder whose files an operator may register by path over HTTP; "" for none.
     """
 
     spec: SteerSpec
     vectors: tuple[tuple[str, str], ...] = ()
+    vector_root: str = ""
 
     @classmethod
     def read(cls, additional_config: object, max_tokens: int, dtype: torch.dtype) -> Settings | None:
@@ -55,10 +57,10 @@ class Settings:
                 f"additional_config[{KEY!r}] is a {type(given).__name__}; give the spec as plain data, such as "
                 "{'steer': ['post_block']} (steer_compile.vllm.engine_args makes it of a SteerSpec)"
             )
-        plain = {key: value for key, value in given.items() if key != "vectors"}
+        plain = {key: value for key, value in given.items() if key not in ("vectors", "vector_root")}
         spec = SteerSpec.from_dict({"dtype": dtype, **plain, "max_tokens": max_tokens})
         _check_reach(spec)
-        return cls(spec, _files(given.get("vectors", {})))
+        return cls(spec, _files(given.get("vectors", {})), _folder(given.get("vector_root", "")))
 
 
 def _check_reach(spec: SteerSpec) -> None:
@@ -75,6 +77,12 @@ def _check_reach(spec: SteerSpec) -> None:
         )
 
 
+def _folder(given: object) -> str:
+    if not isinstance(given, str) or (given and not Path(given).is_dir()):
+        raise SpecError(f"vector_root={given!r} is no folder; give the path of one")
+    return given
+
+
 def _files(vectors: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors.values()):
         raise SpecError(f"vectors={vectors!r} names no files; give {{name: path of a safetensors file}}")
@@ -84,24 +92,30 @@ def _files(vectors: object) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((str(name), path) for name, path in vectors.items()))
 
 
-def engine_args(spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
+def engine_args(
+    spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None, vector_root: str | Path = ""
+) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` or ``AsyncEngineArgs`` that switch steering on.
 
     Args:
         spec: what may be steered. Its ``max_tokens`` has no part in it.
         vectors: named vector sets for requests: name to safetensors file.
+        vector_root: folder whose vector files an operator of a server may register by path.
 
     Raises:
-        SpecError: a vector file that is not there.
+        SpecError: a vector file or a folder that is not there.
     """
     plain = {key: value for key, value in spec.to_dict().items() if key != "max_tokens"}
     files = dict(_files({name: str(path) for name, path in (vectors or {}).items()}))
-    return {"additional_config": {KEY: {**plain, **({"vectors": files} if files else {})}}}
+    more: dict[str, Any] = {"vectors": files} if files else {}
+    if root := _folder(str(vector_root or "")):
+        more["vector_root"] = root
+    return {"additional_config": {KEY: {**plain, **more}}}
 
 
-def cli_config(spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None) -> str:
+def cli_config(spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None, vector_root: str | Path = "") -> str:
     """The same for ``vllm serve --additional-config``."""
-    return json.dumps(engine_args(spec, vectors)["additional_config"])
+    return json.dumps(engine_args(spec, vectors, vector_root)["additional_config"])
 
 
 def load_vectors(path: str) -> dict[str, torch.Tensor]:

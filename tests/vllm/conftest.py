@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm import engines
+from tests.vllm.serving import Server, serving
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,3 +32,9 @@ def vllm_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         import vllm  # noqa: F401  (reads some of them once)
 
         yield
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, vllm_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(engines.saved("llama", models), tmp_path_factory.mktemp("vectors")) as started:
+        yield started

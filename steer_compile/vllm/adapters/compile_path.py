@@ -18,7 +18,7 @@ from steer_compile import torch_compat
 from steer_compile.vllm.adapters import runner_v1, runner_v2
 from steer_compile.vllm.adapters.engine_options import check
 from steer_compile.vllm.model import Shape, SteeredModel
-from steer_compile.vllm.settings import Settings, build, load_vectors
+from steer_compile.vllm.settings import Settings, build
 
 _COMPILING: ContextVar[SteeredModel | None] = ContextVar("steered model under construction", default=None)
 
@@ -69,8 +69,6 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
 
 def _attached(model: Any, config: VllmConfig, settings: Settings) -> SteeredModel:
     steered = SteeredModel(settings.spec, shape_of(config), torch.get_default_device())
-    for name, path in settings.vectors:
-        steered.registry.register_vectors(name, load_vectors(path))
     steered.attach(model)
     runner = runner_v2 if config.use_v2_model_runner else runner_v1
     runner.building(config, steered)

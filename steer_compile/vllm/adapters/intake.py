@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from steer_compile.errors import SteerError
 from steer_compile.vllm.adapters.compile_path import settings_of, shape_of
 from steer_compile.vllm.adapters.engine_options import check
 from steer_compile.vllm.frontend import FrontEnd
+from steer_compile.vllm.metrics import metrics
 from steer_compile.vllm.requests import DIGESTS, KEY
 
 
@@ -30,6 +32,11 @@ class RefusedRequest(SteerError, VLLMValidationError):
 
 
 _FRONT_ENDS: WeakKeyDictionary[Any, FrontEnd | None] = WeakKeyDictionary()
+
+
+def front_end_of(processor: Any) -> FrontEnd | None:
+    """The front end of an input processor, None where its engine has no spec."""
+    return _FRONT_ENDS.get(processor)
 
 
 def missing() -> str:
@@ -58,6 +65,18 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+def _checked(front: FrontEnd, given: object) -> tuple[dict[str, Any], dict[str, str]]:
+    start = time.perf_counter()
+    try:
+        checked = front.checked(given)
+    except SteerError as error:
+        metrics().refused.labels(type(error).__name__).inc()
+        raise RefusedRequest(str(error)) from error
+    metrics().steered.inc()
+    metrics().check.observe(time.perf_counter() - start)
+    return checked
+
+
 def _process(original: Callable[..., Any]) -> Callable[..., Any]:
     order = list(inspect.signature(original).parameters)
     place = order.index("params") - 1
@@ -74,10 +93,7 @@ def _process(original: Callable[..., Any]) -> Callable[..., Any]:
                 "the request asks for steering, and this engine has no spec; start it with "
                 "additional_config={'steer_compile': {'steer': ['post_block']}}"
             )
-        try:
-            data, digests = front.checked(given[KEY])
-        except SteerError as error:
-            raise RefusedRequest(str(error)) from error
+        data, digests = _checked(front, given[KEY])
         made = params.clone()
         made.extra_args = {**given, KEY: data, DIGESTS: digests}
         if "params" in kwargs:

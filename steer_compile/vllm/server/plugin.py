@@ -1,0 +1,178 @@
+"""Entry point of the group ``vllm.endpoint_plugins``. vLLM loads it where ``VLLM_PLUGINS`` names it.
+
+Reading is open to whoever may use the server. Changes need the key in the environment variable `KEY_VARIABLE`, in the
+header ``X-Steering-Key``; without that variable there are none.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from steer_compile.errors import SteerError, UnknownName
+from steer_compile.vllm.metrics import metrics
+from steer_compile.vllm.server.engine import Engine
+from steer_compile.vllm.server.files import MAX_FILE, file_under, read_vectors
+
+KEY_VARIABLE = "STEER_COMPILE_API_KEY"
+_PREFIX = "/v1/steering"
+_MOST_TEXT = 16 << 20
+"""Most bytes of a JSON body."""
+
+Answer = Callable[[Request], Awaitable[Response]]
+
+
+class Refusal(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class SteeringEndpoints:
+    """What vLLM asks of an endpoint plugin."""
+
+    name = "steer_compile_endpoints"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes below ``/v1/steering``."""
+        router = APIRouter(prefix=_PREFIX)
+        for path, method, answer in (
+            ("", "GET", status),
+            ("/vectors", "GET", vectors),
+            ("/vectors/{name}", "PUT", register),
+            ("/vectors/{name}", "DELETE", forget),
+            ("/global", "PUT", set_global),
+            ("/global", "DELETE", clear_global),
+        ):
+            router.add_api_route(path, answered(answer, method != "GET"), methods=[method], name=answer.__name__)
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Remember the engine."""
+        state.steering = None if engine_client is None else Engine.of(engine_client)
+
+
+def answered(answer: Answer, changes: bool) -> Answer:
+    """A route that turns refusals into answers, and asks for the key where it changes something."""
+
+    async def route(request: Request) -> Response:
+        try:
+            if changes:
+                _check_key(request)
+                _engine(request).check_changes()
+            return await answer(request)
+        except Refusal as error:
+            return _refused(error.status, str(error))
+        except (UnknownName, FileNotFoundError) as error:
+            return _refused(404, str(error))
+        except SteerError as error:
+            return _refused(400, str(error))
+
+    return route
+
+
+def _refused(status: int, text: str) -> Response:
+    return JSONResponse({"error": {"message": text, "code": status}}, status)
+
+
+def _check_key(request: Request) -> None:
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not key:
+        raise Refusal(403, f"this server takes no changes; start it with {KEY_VARIABLE} set")
+    given = request.headers.get("X-Steering-Key", "")
+    if not hmac.compare_digest(given.encode(), key.encode()):
+        raise Refusal(401, "the header X-Steering-Key is missing or wrong; send the server's steering key")
+
+
+def _engine(request: Request) -> Engine:
+    engine = request.app.state.steering
+    if engine is None:
+        raise Refusal(
+            404, "this server steers nothing; start it with additional_config={'steer_compile': {'steer': [...]}}"
+        )
+    found: Engine = engine
+    return found
+
+
+async def _body(request: Request, most: int) -> bytes:
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > most:
+            raise Refusal(413, f"the body has more than {most} bytes; send less")
+    return bytes(data)
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    try:
+        given = json.loads(await _body(request, _MOST_TEXT))
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON ({error}); send an object") from error
+    if not isinstance(given, dict):
+        raise Refusal(400, f"the body is a {type(given).__name__}; send an object")
+    return given
+
+
+def _counted(engine: Engine, what: str) -> None:
+    metrics().changes.labels(what).inc()
+    metrics().vectors.set(len(engine.front.vectors()))
+
+
+async def status(request: Request) -> Response:
+    """What the engine steers, its named vectors, global steering, and rows in use in each worker."""
+    return JSONResponse(await _engine(request).status())
+
+
+async def vectors(request: Request) -> Response:
+    """Named vector sets."""
+    return JSONResponse({"vectors": _engine(request).front.vectors()})
+
+
+async def register(request: Request) -> Response:
+    """Name the vectors of an uploaded file, or of ``{"path": ...}`` under the root; ``?replace=true`` changes a set."""
+    engine, name = _engine(request), request.path_params["name"]
+    replace = request.query_params.get("replace", "false") == "true"
+    if request.headers.get("content-type", "").startswith("application/json"):
+        given = await _object(request)
+        if set(given) != {"path"} or not isinstance(given["path"], str):
+            raise Refusal(400, "the body has no path; send {'path': 'calm.safetensors'}, or upload the file itself")
+        if not engine.root:
+            raise Refusal(403, "this server reads no paths; set vector_root in additional_config, or upload the file")
+        data = file_under(engine.root, given["path"]).read_bytes()
+    else:
+        data = await _body(request, MAX_FILE)
+    digest = engine.front.register(name, read_vectors(data), replace)
+    _counted(engine, "register")
+    return JSONResponse({"name": name, "digest": digest})
+
+
+async def forget(request: Request) -> Response:
+    """Take a name away. Requests that are under way keep their vectors."""
+    engine = _engine(request)
+    engine.front.forget(request.path_params["name"])
+    _counted(engine, "forget")
+    return JSONResponse({"name": request.path_params["name"]})
+
+
+async def set_global(request: Request) -> Response:
+    """Steer every request: ``base``, ``prefill``, ``decode``, ``named``, ``scale``, as in a request."""
+    digests = await _engine(request).set_global(await _object(request))
+    _counted(_engine(request), "global")
+    return JSONResponse({"global": digests})
+
+
+async def clear_global(request: Request) -> Response:
+    """Steer requests by what they ask for alone."""
+    digests = await _engine(request).set_global({})
+    _counted(_engine(request), "global")
+    return JSONResponse({"global": digests})
