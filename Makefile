@@ -3,7 +3,7 @@ SHELL := bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm coverage lint format clean distclean
+.PHONY: help demo demo-vllm test test-vllm coverage lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -11,6 +11,11 @@ help: ## list the targets
 demo: ## steer and capture a small model and write the outputs to out/demo
 	@scripts/bootstrap.sh demo
 	$(BIN)/steer-compile demo
+
+demo-vllm: ## the demo model behind vLLM's server on the CPU, steered by request; writes out/demo-vllm
+	@scripts/bootstrap.sh test
+	@scripts/bootstrap_vllm.sh
+	.venv-vllm/bin/python -m steer_compile.demo.served
 
 test: ## lint, types and the fast tests (CPU only)
 	@scripts/bootstrap.sh test
