@@ -166,8 +166,12 @@ def _grow(spec: SteerSpec, wanted: Iterable[Wanted], banks: tuple[Bank, ...]) ->
 
 
 def _find(banks: tuple[Bank, ...], key: BankKey, site: Site) -> Slot | None:
+    """The site's place in a bank of a key. A capture reserved in another dtype than the graph's takes rounded values:
+    graphs that leave sums unrounded hold fp32 where the model's dtype is another one."""
+    kind, width, dtype, length = key
     for i, bank in enumerate(banks):
-        if (bank.kind, bank.width, bank.dtype, bank.length) == key and (site.hook, site.layer) in bank.sites:
+        alike = (bank.kind, bank.width, bank.length) == (kind, width, length)
+        if alike and (bank.dtype == dtype or kind == "capture") and (site.hook, site.layer) in bank.sites:
             return Slot(bank.kind, i, bank.sites.index((site.hook, site.layer)))
     return None
 

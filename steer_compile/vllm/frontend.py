@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from steer_compile.errors import SpecError, TableFull, VectorError
+from steer_compile.errors import SiteNotFound, SpecError, TableFull, VectorError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
+from steer_compile.vllm.capture_files import file_at, file_name
+from steer_compile.vllm.captures import EVERYTHING, CaptureRequest
 from steer_compile.vllm.model import Shape, expected_banks
-from steer_compile.vllm.requests import parse
+from steer_compile.vllm.requests import CaptureAsked, parse, parts
 from steer_compile.vllm.settings import Settings, load_vectors
 from steer_compile.vllm.transport import sent
 
@@ -22,6 +25,23 @@ _SHARE = 0.5
 """Of the tables' range for what a request adds; the rest is for what everyone gets, so that no sum overflows."""
 
 Everyone = Mapping[str, Contents]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request that the engine can do.
+
+    Attributes:
+        data: for the engine.
+        digests: of what it adds in each phase, "" for nothing.
+        capture: the name and file of its captured rows, None without.
+        whole: it captures prompt tokens, all of which must therefore be computed.
+    """
+
+    data: dict[str, Any]
+    digests: dict[str, str]
+    capture: dict[str, str] | None = None
+    whole: bool = False
 
 
 class FrontEnd:
@@ -41,25 +61,46 @@ class FrontEnd:
         self._sizes: dict[str, int] = {}
         self._registry = Registry(settings.spec)
         self._registry.reserve(expected_banks(settings.spec, shape), torch.device("meta"))
+        banks = self._registry.tables.banks
+        self._captured = tuple(site for bank in banks if bank.kind == "capture" for site in bank.sites)
         self.everyone: Everyone = {"prefill": Contents(), "decode": Contents()}
         for name, path in settings.vectors:
             self.register(name, load_vectors(path))
 
-    def checked(self, given: object) -> tuple[dict[str, Any], dict[str, str]]:
-        """A request's steering as data for the engine, and the digest of what it adds in each phase ("" for nothing).
+    def checked(self, given: object) -> Checked:
+        """A request's steering, checked.
 
         Raises:
             SpecError, VectorError, SiteNotFound, UnknownName: what the engine cannot do. TableFull: more rows than
                 the spec has in all.
         """
-        steering = parse(given)
+        rest, asked = parts(given)
+        steering = parse(rest)
         made = self._registry.preview(steering, _SHARE)
         tokens = "" if steering.tokens is None else repr(steering.tokens)
         digests = {phase: contents.digest() + tokens if contents else "" for phase, contents in made.items()}
         needed = sum(bool(digest) for digest in digests.values())
         if needed > self._rows:
             raise TableFull(f"the request needs {needed} rows, one for each phase, and the spec has rows={self._rows}")
-        return sent(made, steering.tokens), digests
+        if asked is None:
+            return Checked(sent(made, steering.tokens), digests)
+        capture = self._capture(asked)
+        data = {**sent(made, steering.tokens), "capture": capture.to_data()}
+        file = file_at(self.settings.capture_dir, capture.name)
+        whole = bool(capture.tokens.spans) or capture.tokens.last_prompt
+        return Checked(data, digests, {"name": capture.name, "file": str(file)}, whole)
+
+    def _capture(self, asked: CaptureAsked) -> CaptureRequest:
+        sites = self._captured if asked.sites is None else asked.sites
+        absent = [f"layers.{layer}.{hook}" for hook, layer in sites if (hook, layer) not in self._captured]
+        if absent or not sites:
+            have = ", ".join(f"layers.{layer}.{hook}" for hook, layer in self._captured[:6])
+            more = f" and {len(self._captured) - 6} more" if len(self._captured) > 6 else ""
+            raise SiteNotFound(
+                f"{absent[0] if absent else 'nothing'} is not captured by this engine; it captures {have or 'nothing'}"
+                f"{more}; name its sites in the spec's capture"
+            )
+        return CaptureRequest(file_name(asked.name), sites, asked.tokens or EVERYTHING)
 
     # -- what an operator changes ---------------------------------------------------------------------------------
 

@@ -61,10 +61,11 @@ def _adapters() -> tuple[Adapter, ...]:
         cache_keys,
         compile_path,
         intake,
+        outputs,
         runner_v1,
         runner_v2,
         scheduling,
         workers,
     )
 
-    return (compile_path, intake, scheduling, cache_keys, runner_v1, runner_v2, workers)
+    return (compile_path, intake, outputs, scheduling, cache_keys, runner_v1, runner_v2, workers)

@@ -9,7 +9,8 @@ Declarative data only::
      "scale": 2.0,
      "tokens": {"spans": [[0, 5]], "last_prompt": true, "generated": true},
      "monitors": {"layers.3.post_block": {"probe": [...], "threshold": 0.5, "sharpness": 4.0}},
-     "clamps": {"layers.3.post_block": [{"direction": [...], "lo": -1.0, "hi": 1.0}]}}
+     "clamps": {"layers.3.post_block": [{"direction": [...], "lo": -1.0, "hi": 1.0}]},
+     "capture": {"sites": {"post_block": [3, 5]}, "tokens": {"last_prompt": true}, "name": "run 7"}}
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import binascii
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pybase64
@@ -26,10 +28,12 @@ import torch
 from steer_compile.errors import SpecError, VectorError
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.steering import Steering
-from steer_compile.runtime.vectors import TokenSelection
+from steer_compile.runtime.vectors import SiteKey, TokenSelection, site_key
 
 KEY = "steer"
 """Key of a request's steering in ``extra_args`` and ``vllm_xargs``."""
+CAPTURE = "steer_capture"
+"""Key under which the front end puts where a request's captured rows will be."""
 DIGESTS = "steer_digests"
 """Key under which the front end puts the digest of a request's steering in each phase, "" for none."""
 MAX_NUMBERS = 1 << 26
@@ -58,6 +62,53 @@ def parse(given: object) -> Steering:
         monitors={site: _monitor(item) for site, item in _object("monitors", data.get("monitors", {})).items()},
         clamps={site: _clamps(items) for site, items in _object("clamps", data.get("clamps", {})).items()},
     )
+
+
+@dataclass(frozen=True)
+class CaptureAsked:
+    """What a request's ``capture`` says: sites (None for all that the engine has), tokens, and a name for the file."""
+
+    sites: tuple[SiteKey, ...] | None
+    tokens: TokenSelection | None
+    name: str
+
+
+def parts(given: object) -> tuple[dict[str, Any], CaptureAsked | None]:
+    """A request's steering without ``capture``, for `parse`, and that.
+
+    Raises:
+        SpecError: data of another form, or a site that is none.
+    """
+    data = _object("steer", _decoded(given))
+    asked = data.pop("capture", None)
+    if asked is None:
+        return data, None
+    fields = _object("capture", asked)
+    unknown = sorted(set(fields) - {"sites", "tokens", "name"})
+    if unknown:
+        raise SpecError(f"capture has the unknown field {unknown[0]!r}; give sites, tokens, name")
+    name = fields.get("name", "")
+    if not isinstance(name, str):
+        raise SpecError(f"capture has the name {name!r}; give text")
+    tokens = _tokens(fields["tokens"]) if fields.get("tokens") is not None else None
+    return data, CaptureAsked(_sites(fields.get("sites")), tokens, name)
+
+
+def _sites(given: object) -> tuple[SiteKey, ...] | None:
+    if given is None or given == "all":
+        return None
+    if isinstance(given, Mapping):
+        pairs = [(hook, layers) for hook, layers in given.items()]
+        if not all(isinstance(layers, list) for _, layers in pairs):
+            raise SpecError(f"capture has sites={given!r}; give {{hook: [layers]}}, names such as layers.3.post_block")
+        found = [site_key((hook, layer)) for hook, layers in pairs for layer in layers]
+    elif isinstance(given, list):
+        found = [site_key(name) for name in given]
+    else:
+        raise SpecError(f"capture has sites={given!r}; give {{hook: [layers]}}, names such as layers.3.post_block")
+    if not found:
+        raise SpecError("capture names no site; give some, or leave sites out for all")
+    return tuple(dict.fromkeys(found))
 
 
 def digests(extra_args: object) -> tuple[str, str]:

@@ -75,7 +75,10 @@ class RequestRows:
         self.drop((request,))
         if not extra_args or KEY not in extra_args:
             return
-        handle = self._registry.adopt(*received(extra_args[KEY]))
+        made, tokens = received(extra_args[KEY])
+        if not any(made.values()):
+            return
+        handle = self._registry.adopt(made, tokens)
         if not self._free:
             count = len(self._rows)
             self._free = list(range(2 * count - 1, count - 1, -1))

@@ -19,6 +19,10 @@ from steer_compile.spec import SteerSpec
 KEY = "steer_compile"
 """Key of the settings in vLLM's ``additional_config``."""
 
+OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes")
+"""Keys beside the spec's."""
+CAPTURE_BYTES = 1 << 30
+
 REQUEST_OPS = ("add", "row_monitor", "clamp")
 """Op families whose data a request brings."""
 
@@ -31,11 +35,15 @@ class Settings:
         spec: what may be steered; ``max_tokens`` is the engine's own.
         vectors: pairs of a name and the safetensors file of its vectors (tensors named ``layers.3.post_block``).
         vector_root: folder whose files an operator may register by path over HTTP; "" for none.
+        capture_dir: folder for captured rows, on the machine of the engine; needed where the spec captures.
+        capture_bytes: most bytes of captured rows in memory; of what comes beyond them rows are dropped.
     """
 
     spec: SteerSpec
     vectors: tuple[tuple[str, str], ...] = ()
     vector_root: str = ""
+    capture_dir: str = ""
+    capture_bytes: int = CAPTURE_BYTES
 
     @classmethod
     def read(cls, additional_config: object, max_tokens: int, dtype: torch.dtype) -> Settings | None:
@@ -57,18 +65,27 @@ class Settings:
                 f"additional_config[{KEY!r}] is a {type(given).__name__}; give the spec as plain data, such as "
                 "{'steer': ['post_block']} (steer_compile.vllm.engine_args makes it of a SteerSpec)"
             )
-        plain = {key: value for key, value in given.items() if key not in ("vectors", "vector_root")}
+        plain = {key: value for key, value in given.items() if key not in OWN_KEYS}
         spec = SteerSpec.from_dict({"dtype": dtype, **plain, "max_tokens": max_tokens})
         _check_reach(spec)
-        return cls(spec, _files(given.get("vectors", {})), _folder(given.get("vector_root", "")))
+        folders = {name: _folder(name, given.get(name, "")) for name in ("vector_root", "capture_dir")}
+        if bool(spec.capture) != bool(folders["capture_dir"]):
+            raise SpecError(
+                "captures of vLLM's requests go to files, and the spec has "
+                + (
+                    "no capture_dir; name a folder"
+                    if spec.capture
+                    else "a capture_dir and captures nothing; name hooks"
+                )
+            )
+        most = given.get("capture_bytes", CAPTURE_BYTES)
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise SpecError(f"capture_bytes={most!r} is no number of bytes; give a whole number above 0")
+        return cls(spec, _files(given.get("vectors", {})), **folders, capture_bytes=most)
 
 
 def _check_reach(spec: SteerSpec) -> None:
     """Refuse what no request of an engine could reach, rather than compile it in for nothing."""
-    if spec.capture:
-        raise SpecError(
-            f"the spec captures {spec.capture[0].hook}, and captures cannot be read from vLLM; leave it out"
-        )
     idle = sorted({op for selection in spec.steer for op in selection.ops} - set(REQUEST_OPS))
     if idle:
         raise SpecError(
@@ -77,9 +94,9 @@ def _check_reach(spec: SteerSpec) -> None:
         )
 
 
-def _folder(given: object) -> str:
+def _folder(name: str, given: object) -> str:
     if not isinstance(given, str) or (given and not Path(given).is_dir()):
-        raise SpecError(f"vector_root={given!r} is no folder; give the path of one")
+        raise SpecError(f"{name}={given!r} is no folder; give the path of one")
     return given
 
 
@@ -93,7 +110,10 @@ def _files(vectors: object) -> tuple[tuple[str, str], ...]:
 
 
 def engine_args(
-    spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None, vector_root: str | Path = ""
+    spec: SteerSpec,
+    vectors: Mapping[str, str | Path] | None = None,
+    vector_root: str | Path = "",
+    capture_dir: str | Path = "",
 ) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` or ``AsyncEngineArgs`` that switch steering on.
 
@@ -101,6 +121,7 @@ def engine_args(
         spec: what may be steered. Its ``max_tokens`` has no part in it.
         vectors: named vector sets for requests: name to safetensors file.
         vector_root: folder whose vector files an operator of a server may register by path.
+        capture_dir: folder for captured rows; needed where the spec captures.
 
     Raises:
         SpecError: a vector file or a folder that is not there.
@@ -108,14 +129,14 @@ def engine_args(
     plain = {key: value for key, value in spec.to_dict().items() if key != "max_tokens"}
     files = dict(_files({name: str(path) for name, path in (vectors or {}).items()}))
     more: dict[str, Any] = {"vectors": files} if files else {}
-    if root := _folder(str(vector_root or "")):
-        more["vector_root"] = root
+    folders = {"vector_root": vector_root, "capture_dir": capture_dir}
+    more |= {name: _folder(name, str(path)) for name, path in folders.items() if path}
     return {"additional_config": {KEY: {**plain, **more}}}
 
 
-def cli_config(spec: SteerSpec, vectors: Mapping[str, str | Path] | None = None, vector_root: str | Path = "") -> str:
-    """The same for ``vllm serve --additional-config``."""
-    return json.dumps(engine_args(spec, vectors, vector_root)["additional_config"])
+def cli_config(spec: SteerSpec, **more: Any) -> str:
+    """The same for ``vllm serve --additional-config``; ``more`` as in `engine_args`."""
+    return json.dumps(engine_args(spec, **more)["additional_config"])
 
 
 def load_vectors(path: str) -> dict[str, torch.Tensor]:

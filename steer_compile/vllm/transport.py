@@ -16,7 +16,7 @@ from steer_compile.runtime.vectors import TokenSelection, VectorSet
 
 
 def sent(made: Mapping[str, Contents], tokens: TokenSelection | None) -> dict[str, Any]:
-    """Contents by phase, equal ones once, and the tokens that they are for."""
+    """Contents by phase, equal ones once, and the tokens that they are for; a capture may be put beside them."""
     unique = {contents.digest(): contents for contents in made.values() if contents}
     places = list(unique)
     return {

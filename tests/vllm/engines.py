@@ -72,7 +72,8 @@ def engine(model: Path, spec: SteerSpec | None = None, **options: Any) -> Any:
 
     gc.collect()
 
-    steered = engine_args(spec, options.pop("vectors", None)) if spec is not None else {}
+    more = {name: options.pop(name) for name in ("vectors", "capture_dir") if name in options}
+    steered = engine_args(spec, **more) if spec is not None else {}
     device = ON_A_GPU if torch.cuda.is_available() else {}
     given = {"dtype": "float32", "skip_tokenizer_init": True, "seed": 0, **LENGTHS, **device, **options}
     return LLM(model=str(model), **given, **steered)
@@ -90,7 +91,11 @@ def generated(llm: Any, steering: list[Any], tokens: int = 8, prompts: list[list
         for each in steering
     ]  # fmt: skip
     given = [{"prompt_token_ids": p} for p in prompts or [PROMPT] * len(params)]
-    return [result.outputs[0] for result in llm.generate(given, params, use_tqdm=False)]
+    return [result.outputs[0] for result in results(llm, given, params)]
+
+
+def results(llm: Any, given: list[Any], params: list[Any]) -> list[Any]:
+    return list(llm.generate(given, params, use_tqdm=False))
 
 
 def texts(outputs: list[Any]) -> list[list[int]]:

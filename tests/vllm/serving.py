@@ -61,7 +61,11 @@ def serving(folder: Path, root: Path) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = cli_config(SteerSpec(steer=("post_block",), rows=8), vector_root=root)
+    captures = root / "captures"
+    captures.mkdir()
+    config = cli_config(
+        SteerSpec(steer=("post_block",), capture=("post_block",), rows=8), vector_root=root, capture_dir=captures
+    )
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128", "--max-num-seqs", "8",

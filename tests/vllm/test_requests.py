@@ -125,9 +125,9 @@ def test_no_data_raises_anything_else(data: Any) -> None:
 
 def test_the_front_end_knows_the_engines_sites_and_room() -> None:
     ones = [1.0] * WIDTH
-    data, digests = front().checked({"decode": {"post_block": {"3": ones}}})
-    assert digests["prefill"] == "" != digests["decode"]
-    assert received(data)[0]["decode"].parts
+    checked = front().checked({"decode": {"post_block": {"3": ones}}})
+    assert checked.digests["prefill"] == "" != checked.digests["decode"]
+    assert received(checked.data)[0]["decode"].parts
     with pytest.raises(SiteNotFound):
         front().checked({"base": {"post_block": {"4": ones}}})
     with pytest.raises(SiteNotFound):
@@ -143,12 +143,12 @@ def test_the_front_end_knows_the_engines_sites_and_room() -> None:
 def test_digests_tell_contents_and_tokens_apart() -> None:
     ones = [1.0] * WIDTH
     base = {"base": {"post_block": {"1": ones}}}
-    seen = [front().checked(given_as)[1]["prefill"] for given_as in (
+    seen = [front().checked(given_as).digests["prefill"] for given_as in (
         base, {**base, "scale": 2.0}, {**base, "tokens": {"last_prompt": True}},
         {**base, "clamps": {"layers.1.post_block": [{"direction": ones, "value": 0}]}},
     )]  # fmt: skip
     assert len(set(seen)) == 4
-    assert front().checked(base)[1]["prefill"] == seen[0]
+    assert front().checked(base).digests["prefill"] == seen[0]
 
 
 def test_settings_are_read_as_they_are_written() -> None:
@@ -161,7 +161,7 @@ def test_settings_are_read_as_they_are_written() -> None:
     assert Settings.read({}, 1, torch.float32) is None
     with pytest.raises(SpecError, match="plain data"):
         Settings.read({"steer_compile": spec}, 1, torch.float32)
-    for what, part in (("captures", {"capture": ["post_block"]}), ("'tier'", {"ops": ["add", "tier"]})):
+    for what, part in (("no capture_dir", {"capture": ["post_block"]}), ("'tier'", {"ops": ["add", "tier"]})):
         with pytest.raises(SpecError, match=what):
             Settings.read({"steer_compile": {"steer": ["post_block"], **part}}, 1, torch.float32)
     with pytest.raises(SpecError, match="no file"):

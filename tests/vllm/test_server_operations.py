@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save
 
+from steer_compile.vllm.capture_files import read
 from tests.vllm import engines
 from tests.vllm.engines import at, vector
 from tests.vllm.serving import KEY, Server
@@ -155,6 +158,41 @@ def test_global_steering_changes_under_running_requests(server: Server) -> None:
         assert all(each.result(timeout=60) for each in running)
     assert [server.said(asked, tokens=48) for asked in moved] == before
     assert ask(server, "GET", "").json()["workers"][0]["requests"] == 0
+
+
+def test_captured_rows_come_with_the_answer(server: Server, tmp_path: Path) -> None:
+    """By reference in the answer and by a route; what the same request captures twice is the same."""
+    found = []
+    for _ in range(2):
+        asked = json.dumps({**at(1, vector(3)), "capture": {"sites": {"post_block": [0, 2]}, "name": "run 1"}})
+        made = server.client.completions.create(
+            model=server.client.models.list().data[0].id, prompt=LONG, max_tokens=4, temperature=0,
+            extra_body={"vllm_xargs": {"steer": asked}},
+        )  # fmt: skip
+        name = made.kv_transfer_params["steer_capture"]["name"]
+        assert name.startswith("run-1-")
+        assert ask(server, "GET", f"/captures/{name}", key=None).status_code == 401
+        answer = wait_for(server, name)
+        (tmp_path / "rows").write_bytes(answer.content)
+        found.append(read(tmp_path / "rows", 73))
+        assert ask(server, "DELETE", f"/captures/{name}").status_code == 200
+        assert ask(server, "GET", f"/captures/{name}").status_code == 404
+    first, second = found
+    assert first.status == "complete"
+    assert first.positions.tolist() == list(range(73))
+    assert set(first.values) == {"layers.0.post_block", "layers.2.post_block"}
+    for site, values in first.values.items():
+        assert torch.equal(values, second.values[site])
+    assert ask(server, "GET", "/captures/..%2F..%2Fetc").status_code in (400, 404)
+
+
+def wait_for(server: Server, name: str) -> Any:
+    for _ in range(100):
+        answer = ask(server, "GET", f"/captures/{name}")
+        if answer.status_code == 200:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(answer.text)
 
 
 def test_metrics_stand_beside_vllms(server: Server) -> None:

@@ -54,7 +54,7 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         settings = settings_of(config)
         if settings is None or is_encoder or _is_draft():
             return original(self, compile_prefix, is_encoder)
-        check(config)
+        check(config, settings.spec)
         if self not in _STEERED:  # a compiled class that derives from another one comes here twice
             _STEERED[self] = _attached(self, config, settings)
         steered = _STEERED[self]
@@ -71,7 +71,7 @@ def _attached(model: Any, config: VllmConfig, settings: Settings) -> SteeredMode
     steered = SteeredModel(settings.spec, shape_of(config), torch.get_default_device())
     steered.attach(model)
     runner = runner_v2 if config.use_v2_model_runner else runner_v1
-    runner.building(config, steered)
+    runner.building(config, steered, settings)
     return steered
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from vllm.config import CompilationMode, VllmConfig
 
 from steer_compile.errors import LoweringError
+from steer_compile.spec import SteerSpec
 
 
-def check(config: VllmConfig) -> None:
+def check(config: VllmConfig, spec: SteerSpec) -> None:
     """Refuse an engine with a spec that cannot be steered.
 
     Raises:
@@ -18,12 +19,12 @@ def check(config: VllmConfig) -> None:
             f"vLLM runs this model without its own compilation (mode {config.compilation_config.mode.name}), and there "
             "is no graph to steer; leave out enforce_eager, and set no compilation mode below DYNAMO_TRACE_ONCE"
         )
-    refused = next((words for on, words in _options(config) if on), "")
+    refused = next((words for on, words in _options(config, spec) if on), "")
     if refused:
         raise LoweringError(refused)
 
 
-def _options(config: VllmConfig) -> tuple[tuple[bool, str], ...]:
+def _options(config: VllmConfig, spec: SteerSpec) -> tuple[tuple[bool, str], ...]:
     """Whether each of the options is on, and its refusal."""
     parallel, drafts = config.parallel_config, config.speculative_config
     split = "and the rows of its tokens would not be theirs; set"
@@ -52,5 +53,9 @@ def _options(config: VllmConfig) -> tuple[tuple[bool, str], ...]:
         (
             drafts is not None and bool(vars(drafts).get("enable_adaptive_verification")),
             f"adaptive verification drops drafts on the device, {split} enable_adaptive_verification=False",
+        ),
+        (
+            drafts is not None and bool(spec.capture),
+            "rows of drafts that are not taken would be captured; leave speculative_config or the spec's capture out",
         ),
     )

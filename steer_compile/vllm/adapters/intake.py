@@ -16,9 +16,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 from steer_compile.errors import SteerError
 from steer_compile.vllm.adapters.compile_path import settings_of, shape_of
 from steer_compile.vllm.adapters.engine_options import check
-from steer_compile.vllm.frontend import FrontEnd
+from steer_compile.vllm.frontend import Checked, FrontEnd
 from steer_compile.vllm.metrics import metrics
-from steer_compile.vllm.requests import DIGESTS, KEY
+from steer_compile.vllm.requests import CAPTURE, DIGESTS, KEY
 
 
 class RefusedRequest(SteerError, VLLMValidationError):
@@ -59,13 +59,13 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         config = self.vllm_config
         settings = settings_of(config)
         if settings is not None:
-            check(config)
+            check(config, settings.spec)
         _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config))
 
     return __init__
 
 
-def _checked(front: FrontEnd, given: object) -> tuple[dict[str, Any], dict[str, str]]:
+def _checked(front: FrontEnd, given: object) -> Checked:
     start = time.perf_counter()
     try:
         checked = front.checked(given)
@@ -93,9 +93,14 @@ def _process(original: Callable[..., Any]) -> Callable[..., Any]:
                 "the request asks for steering, and this engine has no spec; start it with "
                 "additional_config={'steer_compile': {'steer': ['post_block']}}"
             )
-        data, digests = _checked(front, given[KEY])
+        checked = _checked(front, given[KEY])
         made = params.clone()
-        made.extra_args = {**given, KEY: data, DIGESTS: digests}
+        made.extra_args = {**given, KEY: checked.data, DIGESTS: checked.digests}
+        if checked.capture is not None:
+            if params.n > 1:
+                raise RefusedRequest("a request that captures has one output; send it n times in place of n > 1")
+            made.extra_args[CAPTURE] = checked.capture
+            made.skip_reading_prefix_cache = checked.whole or params.skip_reading_prefix_cache
         if "params" in kwargs:
             return original(self, *args, **{**kwargs, "params": made})
         return original(self, *args[:place], made, *args[place + 1 :], **kwargs)

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from steer_compile.vllm.adapters.runners import admitted, announce, dropped, rows_of
+from steer_compile.vllm.adapters.runners import announce, live_of
 from steer_compile.vllm.model import SteeredModel
+from steer_compile.vllm.settings import Settings
 
 _MODULE = "vllm.v1.worker.gpu_model_runner"
 _patched: list[type] = []
@@ -22,30 +23,31 @@ def install() -> None:
     """Nothing yet: see `building`."""
 
 
-def building(config: Any, steered: SteeredModel) -> None:
+def building(config: Any, steered: SteeredModel, settings: Settings) -> None:
     """The runner is building this model.
 
     Raises:
         LoweringError: the model is not built by the V1 runner.
     """
-    runner = announce(_MODULE, config, steered)
+    runner = announce(_MODULE, config, steered, settings)
     if runner not in _patched:
         runner._update_states = _update(runner._update_states)
         runner._prepare_inputs = _prepare(runner._prepare_inputs)
+        runner.execute_model = _execute(runner.execute_model)
         _patched.append(runner)
 
 
 def _update(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _update_states(self: Any, scheduler_output: Any) -> Any:
-        rows = rows_of(self)
-        if rows is None:
+        live = live_of(self)
+        if live is None:
             return original(self, scheduler_output)
-        dropped(rows, scheduler_output)
+        live.ended(scheduler_output)
         result = original(self, scheduler_output)
-        admitted(rows, ((new.req_id, new.sampling_params) for new in scheduler_output.scheduled_new_reqs))
+        live.begun((new.req_id, new.sampling_params) for new in scheduler_output.scheduled_new_reqs)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        admitted(rows, ((request, self.requests[request].sampling_params) for request in resumed))
+        live.begun((request, self.requests[request].sampling_params) for request in resumed)
         return result
 
     return _update_states
@@ -55,12 +57,24 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         result = original(self, scheduler_output, num_scheduled_tokens)
-        rows = rows_of(self)
-        if rows is not None:
+        live = live_of(self)
+        if live is not None:
             batch = self.input_batch
             n = batch.num_reqs
-            starts, prompts = batch.num_computed_tokens_cpu[:n], batch.num_prompt_tokens[:n]
-            rows.step(batch.req_ids, starts, num_scheduled_tokens, prompts)
+            spans = batch.num_computed_tokens_cpu[:n], num_scheduled_tokens, batch.num_prompt_tokens[:n]
+            live.step(batch.req_ids, spans, (self.input_ids.gpu, self.positions))
         return result
 
     return _prepare_inputs
+
+
+def _execute(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        live = live_of(self)
+        if live is not None:
+            live.ran()
+        return result
+
+    return execute_model

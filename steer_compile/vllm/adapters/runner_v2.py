@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from steer_compile.errors import LoweringError
-from steer_compile.vllm.adapters.runners import admitted, announce, dropped, rows_of
+from steer_compile.vllm.adapters.runners import announce, live_of
 from steer_compile.vllm.model import SteeredModel
+from steer_compile.vllm.settings import Settings
 
 _MODULE = "vllm.v1.worker.gpu.model_runner"
-_METHODS = ("finish_requests", "add_requests", "prepare_inputs")
+_METHODS = ("finish_requests", "add_requests", "prepare_inputs", "execute_model")
 _patched: list[type] = []
 
 
@@ -27,13 +28,13 @@ def install() -> None:
     """Nothing yet: see `building`."""
 
 
-def building(config: Any, steered: SteeredModel) -> None:
+def building(config: Any, steered: SteeredModel, settings: Settings) -> None:
     """The runner is building this model.
 
     Raises:
         LoweringError: the model is not built by the V2 runner, or by one of another form.
     """
-    runner = announce(_MODULE, config, steered)
+    runner = announce(_MODULE, config, steered, settings)
     absent = [name for name in _METHODS if name not in vars(runner)]
     if absent:
         raise LoweringError(f"{_MODULE}.GPUModelRunner has no {absent[0]}; use vLLM 0.26 to 0.32")
@@ -41,15 +42,16 @@ def building(config: Any, steered: SteeredModel) -> None:
         runner.finish_requests = _finish(runner.finish_requests)
         runner.add_requests = _add(runner.add_requests)
         runner.prepare_inputs = _prepare(runner.prepare_inputs)
+        runner.execute_model = _execute(runner.execute_model)
         _patched.append(runner)
 
 
 def _finish(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def finish_requests(self: Any, scheduler_output: Any) -> Any:
-        rows = rows_of(self)
-        if rows is not None:
-            dropped(rows, scheduler_output)
+        live = live_of(self)
+        if live is not None:
+            live.ended(scheduler_output)
         return original(self, scheduler_output)
 
     return finish_requests
@@ -58,9 +60,9 @@ def _finish(original: Callable[..., Any]) -> Callable[..., Any]:
 def _add(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_requests(self: Any, scheduler_output: Any) -> Any:
-        rows = rows_of(self)
-        if rows is not None:
-            admitted(rows, ((new.req_id, new.sampling_params) for new in scheduler_output.scheduled_new_reqs))
+        live = live_of(self)
+        if live is not None:
+            live.begun((new.req_id, new.sampling_params) for new in scheduler_output.scheduled_new_reqs)
         return original(self, scheduler_output)
 
     return add_requests
@@ -70,11 +72,24 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         batch = original(self, scheduler_output, *args, **kwargs)
-        rows = rows_of(self)
-        if rows is not None:
+        live = live_of(self)
+        if live is not None:
             # Positions are an upper bound where drafts are in flight; it never crosses the end of a prompt.
             prompts = self.req_states.prompt_len.np[batch.idx_mapping_np]
-            rows.step(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens, prompts)
+            spans = batch.num_computed_tokens_np, batch.num_scheduled_tokens, prompts
+            live.step(batch.req_ids, spans, (batch.input_ids, batch.positions))
         return batch
 
     return prepare_inputs
+
+
+def _execute(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        live = live_of(self)
+        if live is not None:
+            live.ran()
+        return result
+
+    return execute_model

@@ -1,22 +1,70 @@
-"""What both model runners share: the rows of the model that a runner built, and the requests that a step begins."""
+"""What both model runners share: rows and captures of the model that a runner built, step by step."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 from steer_compile.errors import LoweringError, NotSteered
+from steer_compile.vllm.capture_files import Writer
+from steer_compile.vllm.captures import CaptureRequest, Captures, Room
 from steer_compile.vllm.model import SteeredModel
-from steer_compile.vllm.rows import RequestRows
-from steer_compile.vllm.settings import KEY
-
-_ROWS: WeakKeyDictionary[Any, RequestRows] = WeakKeyDictionary()
-_ANNOUNCED: dict[int, SteeredModel] = {}
+from steer_compile.vllm.requests import KEY as REQUEST_KEY
+from steer_compile.vllm.rows import Numbers, RequestRows
+from steer_compile.vllm.settings import KEY, Settings
 
 
-def announce(module: str, config: Any, steered: SteeredModel) -> Any:
+@dataclass
+class Live:
+    """The requests of one runner: their rows, and in the first of its ranks what they capture."""
+
+    rows: RequestRows
+    captures: Captures | None = None
+    writer: Writer | None = None
+    tokens: tuple[Tensor, Tensor] | None = None
+    """Token ids and positions of the step, on the device."""
+
+    def ended(self, scheduled: Any) -> None:
+        """Rows become free at every step, also at one without tokens, which tells an idle engine what has finished."""
+        self.rows.drop(scheduled.finished_req_ids)
+        self.rows.drop(scheduled.preempted_req_ids or ())
+        if self.captures and self.writer is not None:
+            for kept in self.captures.finish(scheduled.finished_req_ids):
+                self.writer.put(kept)
+
+    def begun(self, requests: Iterable[tuple[str, Any]]) -> None:
+        """Requests begin, begin again or go on with more input; given with their sampling parameters."""
+        for request, params in requests:
+            extra = params.extra_args if params is not None else None
+            self.rows.admit(request, extra)
+            asked = (extra or {}).get(REQUEST_KEY, {}).get("capture")
+            if asked is not None and self.captures is not None:
+                self.captures.begin(request, CaptureRequest.of_data(asked))
+
+    def step(self, requests: list[str], spans: tuple[Numbers, Numbers, Numbers], tokens: tuple[Tensor, Tensor]) -> None:
+        """A forward follows. ``spans``: starts, counts and prompts, as in `RequestRows.step`."""
+        self.rows.step(requests, *spans)
+        if self.captures:
+            self.captures.plan(requests, *spans)
+            self.tokens = tokens
+
+    def ran(self) -> None:
+        """The forward has been launched."""
+        if self.tokens is not None and self.captures is not None:
+            self.captures.collect(*self.tokens)
+            self.tokens = None
+
+
+_LIVE: WeakKeyDictionary[Any, Live] = WeakKeyDictionary()
+_ANNOUNCED: dict[int, tuple[SteeredModel, Settings]] = {}
+
+
+def announce(module: str, config: Any, steered: SteeredModel, settings: Settings) -> Any:
     """A runner of a module is building this model; from its first step on it writes rows. Returns the runner's class.
 
     The module is not imported, as that starts the device: a model is built by a runner that is there.
@@ -26,21 +74,21 @@ def announce(module: str, config: Any, steered: SteeredModel) -> Any:
     """
     if module not in sys.modules:
         raise LoweringError(f"the model is built outside of {module}, and nothing would write the rows of its tokens")
-    _ANNOUNCED[id(config)] = steered
+    _ANNOUNCED[id(config)] = steered, settings
     return vars(sys.modules[module])["GPUModelRunner"]
 
 
-def rows_of(runner: Any) -> RequestRows | None:
-    """A runner's rows, None where its engine has no spec.
+def live_of(runner: Any) -> Live | None:
+    """A runner's requests, None where its engine has no spec.
 
     Raises:
         NotSteered: its engine has one, and the model was built without tables.
     """
-    rows = _ROWS.get(runner)
-    if rows is not None:
-        return rows
+    live = _LIVE.get(runner)
+    if live is not None:
+        return live
     if id(runner.vllm_config) in _ANNOUNCED:
-        return _ROWS.setdefault(runner, RequestRows(_ANNOUNCED.pop(id(runner.vllm_config)).registry))
+        return _LIVE.setdefault(runner, _made(*_ANNOUNCED.pop(id(runner.vllm_config))))
     if KEY in (runner.vllm_config.additional_config or {}):
         raise NotSteered(
             "this engine has a spec, and its model was built without tables; no step runs unsteered: report the model "
@@ -49,13 +97,11 @@ def rows_of(runner: Any) -> RequestRows | None:
     return None
 
 
-def dropped(rows: RequestRows, scheduled: Any) -> None:
-    """Rows become free at every step, also at one without tokens, which tells an idle engine what has finished."""
-    rows.drop(scheduled.finished_req_ids)
-    rows.drop(scheduled.preempted_req_ids or ())
+def _made(steered: SteeredModel, settings: Settings) -> Live:
+    from vllm.distributed import get_tensor_model_parallel_rank
 
-
-def admitted(rows: RequestRows, requests: Iterable[tuple[str, Any]]) -> None:
-    """Rows for requests that begin, begin again or go on with more input, given with their sampling parameters."""
-    for request, params in requests:
-        rows.admit(request, params.extra_args if params is not None else None)
+    live = Live(RequestRows(steered.registry))
+    if settings.spec.capture and get_tensor_model_parallel_rank() == 0:
+        room = Room(settings.capture_bytes)
+        live.captures, live.writer = Captures(steered.registry.tables, room), Writer(settings.capture_dir, room)
+    return live

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.v1.worker.worker_base import WorkerBase
 
-from steer_compile.vllm.adapters.runners import rows_of
+from steer_compile.vllm.adapters.runners import live_of
 from steer_compile.vllm.transport import received
 
 SET_EVERYONE, STATE = "steer_compile_set_everyone", "steer_compile_state"
@@ -25,12 +25,12 @@ def install() -> None:
 
 def set_everyone(self: Any, data: dict[str, Any]) -> None:
     """Replace what every request gets, between two steps."""
-    rows = rows_of(self.model_runner)
-    if rows is not None:
-        rows.set_everyone(received(data)[0])
+    live = live_of(self.model_runner)
+    if live is not None:
+        live.rows.set_everyone(received(data)[0])
 
 
 def state(self: Any) -> dict[str, int]:
     """Requests with rows of their own, rows in use and rows in all."""
-    rows = rows_of(self.model_runner)
-    return {} if rows is None else rows.state()
+    live = live_of(self.model_runner)
+    return {} if live is None else live.rows.state()

@@ -1,7 +1,7 @@
 """Entry point of the group ``vllm.endpoint_plugins``. vLLM loads it where ``VLLM_PLUGINS`` names it.
 
-Reading is open to whoever may use the server. Changes need the key in the environment variable `KEY_VARIABLE`, in the
-header ``X-Steering-Key``; without that variable there are none.
+Reading what is steered is open to whoever may use the server. Changes, and captured rows, need the key of the
+environment variable `KEY_VARIABLE` in the header ``X-Steering-Key``; without that variable there are none.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 
 from steer_compile.errors import SteerError, UnknownName
+from steer_compile.vllm.capture_files import file_at
 from steer_compile.vllm.metrics import metrics
 from steer_compile.vllm.server.engine import Engine
 from steer_compile.vllm.server.files import MAX_FILE, file_under, read_vectors
@@ -25,6 +27,8 @@ KEY_VARIABLE = "STEER_COMPILE_API_KEY"
 _PREFIX = "/v1/steering"
 _MOST_TEXT = 16 << 20
 """Most bytes of a JSON body."""
+MOST_CAPTURE = 256 << 20
+"""Most bytes of a capture that is sent."""
 
 Answer = Callable[[Request], Awaitable[Response]]
 
@@ -53,8 +57,11 @@ class SteeringEndpoints:
             ("/vectors/{name}", "DELETE", forget),
             ("/global", "PUT", set_global),
             ("/global", "DELETE", clear_global),
+            ("/captures/{name}", "GET", capture),
+            ("/captures/{name}", "DELETE", forget_capture),
         ):
-            router.add_api_route(path, answered(answer, method != "GET"), methods=[method], name=answer.__name__)
+            guarded = method != "GET" or answer is capture
+            router.add_api_route(path, answered(answer, guarded), methods=[method], name=answer.__name__)
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -62,12 +69,12 @@ class SteeringEndpoints:
         state.steering = None if engine_client is None else Engine.of(engine_client)
 
 
-def answered(answer: Answer, changes: bool) -> Answer:
-    """A route that turns refusals into answers, and asks for the key where it changes something."""
+def answered(answer: Answer, guarded: bool) -> Answer:
+    """A route that turns refusals into answers, and asks for the key where it changes or gives something away."""
 
     async def route(request: Request) -> Response:
         try:
-            if changes:
+            if guarded:
                 _check_key(request)
                 _engine(request).check_changes()
             return await answer(request)
@@ -176,3 +183,25 @@ async def clear_global(request: Request) -> Response:
     digests = await _engine(request).set_global({})
     _counted(_engine(request), "global")
     return JSONResponse({"global": digests})
+
+
+async def capture(request: Request) -> Response:
+    """The safetensors file of a request's captured rows, by the name that came with its output."""
+    path = _capture_file(request)
+    size = path.stat().st_size
+    if size > MOST_CAPTURE:
+        raise Refusal(413, f"the capture has {size} bytes, and {MOST_CAPTURE} are sent at most; read {path} itself")
+    return FileResponse(path, media_type="application/octet-stream")
+
+
+async def forget_capture(request: Request) -> Response:
+    """Delete the file of a request's captured rows."""
+    _capture_file(request).unlink()
+    return JSONResponse({"name": request.path_params["name"]})
+
+
+def _capture_file(request: Request) -> Path:
+    path = file_at(_engine(request).front.settings.capture_dir, request.path_params["name"])
+    if not path.is_file():
+        raise Refusal(404, f"no capture {request.path_params['name']!r}; it appears soon after its request has ended")
+    return path

@@ -1,0 +1,185 @@
+"""Captured rows of requests, against forward hooks on the Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from steer_compile import SteerSpec
+from steer_compile.errors import LoweringError, SteerError
+from steer_compile.vllm import Captured, captured
+from tests.vllm import engines
+from tests.vllm.engines import at, vector
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("vllm_environment"),
+]
+
+SPEC = SteerSpec(steer=("post_block",), capture=("post_block", "post_attn"), rows=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("captures")
+
+
+@pytest.fixture(scope="module")
+def llm(models: Path, folder: Path) -> Any:
+    return engines.engine(engines.saved("llama", models), SPEC, capture_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def judge(models: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(engines.saved("llama", models), dtype=torch.float32)
+
+
+def generate(llm: Any, asked: list[Any], prompts: list[list[int]], tokens: int = 6) -> list[Any]:
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True,
+            extra_args=None if each is None else {"steer": each},
+        )
+        for each in asked
+    ]  # fmt: skip
+    return engines.results(llm, [{"prompt_token_ids": p} for p in prompts], params)
+
+
+def streams(judge: Any, output: Any, moved: tuple[int, Tensor] | None = None) -> tuple[list[int], dict[str, Tensor]]:
+    """Token ids that the request computed, and the pristine stream behind each block for each."""
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    found: dict[str, Tensor] = {}
+    handles = []
+    for n, block in enumerate(judge.model.layers):
+
+        def keep(module: Any, args: Any, out: Any, n: int = n) -> Any:
+            hidden = out[0] if isinstance(out, tuple) else out
+            found[f"layers.{n}.post_block"] = hidden[0].clone()
+            if moved is not None and moved[0] == n:
+                return (hidden + moved[1], *out[1:]) if isinstance(out, tuple) else hidden + moved[1]
+            return out
+
+        handles.append(block.register_forward_hook(keep))
+    with torch.no_grad():
+        judge(torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return ids, found
+
+
+def check(found: Captured, judge: Any, output: Any, positions: list[int], **more: Any) -> None:
+    ids, expected = streams(judge, output, **more)
+    assert found.status == "complete"
+    assert found.positions.tolist() == positions
+    assert found.token_ids.tolist() == [ids[i] for i in positions]
+    for name, values in found.values.items():
+        if name.endswith("post_block"):
+            torch.testing.assert_close(values, expected[name][positions], atol=2e-4, rtol=2e-4)
+
+
+def test_rows_of_a_mixed_batch(llm: Any, judge: Any) -> None:
+    """Staggered lengths, other sites and tokens for each request, one of them steered and one that captures nothing."""
+    prompts = [list(range(5 + i, 12 + 4 * i)) for i in range(5)]
+    moved = (1, vector(3, 2.0))
+    asked = [
+        {"capture": {}},
+        {"capture": {"sites": {"post_block": [0, 3]}, "tokens": {"last_prompt": True}}},
+        None,
+        {"capture": {"sites": ["layers.2.post_block"], "tokens": {"generated": True}}},
+        {**at(*moved), "capture": {"sites": {"post_block": [1, 2]}, "tokens": {"spans": [[1, 4]], "generated": True}}},
+    ]
+    outputs = generate(llm, asked, prompts)
+    lengths = [len(p) for p in prompts]
+    everything = captured(outputs[0], llm)
+    check(everything, judge, outputs[0], list(range(lengths[0] + 5)))
+    assert len(everything.values) == 2 * engines.LAYERS
+    check(captured(outputs[1], llm), judge, outputs[1], [lengths[1] - 1])
+    assert outputs[2].kv_transfer_params is None
+    check(captured(outputs[3], llm), judge, outputs[3], list(range(lengths[3], lengths[3] + 5)))
+    steered = captured(outputs[4], llm)
+    check(steered, judge, outputs[4], [1, 2, 3, *range(lengths[4], lengths[4] + 5)], moved=moved)
+    assert set(steered.values) == {"layers.1.post_block", "layers.2.post_block"}
+
+
+def test_a_prefix_in_the_cache_leaves_no_row_out(llm: Any, judge: Any) -> None:
+    prompt = list(range(10, 90))
+    for _ in range(2):
+        (output,) = generate(llm, [{"capture": {"sites": {"post_block": [2]}}}], [prompt])
+        check(captured(output, llm), judge, output, list(range(len(prompt) + 5)))
+
+
+BAD = {
+    "site": {"capture": {"sites": ["layers.9.post_block"]}},
+    "hook": {"capture": {"sites": {"mlp_out": [1]}}},
+    "field": {"capture": {"where": "/etc"}},
+    "name": {"capture": {"name": 3}},
+    "tokens": {"capture": {"tokens": {}}},
+    "sites": {"capture": {"sites": []}},
+    "list": {"capture": []},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_captures_are_refused(name: str, llm: Any) -> None:
+    with pytest.raises(SteerError):
+        generate(llm, [BAD[name]], [engines.PROMPT])
+
+
+def test_files_stay_in_the_folder_whatever_a_client_calls_them(llm: Any, folder: Path) -> None:
+    names = ["../../etc/passwd", "a/b", "", "x" * 500, "..", "a\0b", "\u00e9t\u00e9"]
+    outputs = generate(llm, [{"capture": {"name": n, "tokens": {"last_prompt": True}}} for n in names],
+                       [engines.PROMPT] * len(names))  # fmt: skip
+    files = [Path(o.kv_transfer_params["steer_capture"]["file"]) for o in outputs]
+    for output in outputs:
+        captured(output, llm)
+    assert {f.parent for f in files} == {folder}
+    assert len(set(files)) == len(names)
+
+
+def test_chunks_and_preemption_leave_each_position_once(models: Path, folder: Path, judge: Any) -> None:
+    small = engines.engine(
+        engines.saved("llama", models), SPEC, capture_dir=folder, num_gpu_blocks_override=9, block_size=32,
+        enable_prefix_caching=False, max_num_batched_tokens=16, max_num_seqs=4, enable_chunked_prefill=True,
+    )  # fmt: skip
+    prompts = [list(range(10 + i, 40 + i)) for i in range(4)]
+    outputs = generate(small, [{"capture": {"sites": {"post_block": [1, 3]}}}] * 4, prompts, tokens=40)
+    for output in outputs:
+        check(captured(output, small), judge, output, list(range(30 + 39)))
+
+
+def test_rows_beyond_the_room_are_dropped_and_said(models: Path, folder: Path) -> None:
+    spec = SteerSpec(capture=("post_block",))
+    small = engines.engine(
+        engines.saved("llama", models), additional_config={"steer_compile": {
+            "capture": spec.to_dict()["capture"], "capture_dir": str(folder), "capture_bytes": 12 * engines.WIDTH * 4,
+        }},
+    )  # fmt: skip
+    (output,) = generate(small, [{"capture": {"sites": {"post_block": [1]}}}], [list(range(5, 15))])
+    found = captured(output, small)
+    assert found.status == "partial"
+    assert found.positions.tolist() == list(range(12))
+    (later,) = generate(small, [{"capture": {"sites": {"post_block": [1]}}}], [list(range(5, 10))])
+    assert captured(later, small).status == "complete"  # the room is there again
+
+
+def test_drafts_are_refused(models: Path, folder: Path) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with pytest.raises(LoweringError, match="drafts"):
+        engines.engine(engines.saved("llama", models), SPEC, capture_dir=folder, speculative_config=drafts)
+
+
+def test_bf16(models: Path, folder: Path) -> None:
+    low = engines.engine(engines.saved("llama", models), SPEC, capture_dir=folder, dtype="bfloat16")
+    (output,) = generate(low, [{"capture": {}}], [engines.PROMPT])
+    found = captured(output, low)
+    assert found.status == "complete"
+    assert all(torch.isfinite(values.float()).all() for values in found.values.values())
