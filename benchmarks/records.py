@@ -105,11 +105,13 @@ def claim(name: str, goal: str, measured: float | None, unit: str, **more: Any) 
     return {"claim": name, "goal": goal, "measured": value, "unit": unit, "spread": None, **more}
 
 
-def update_summary(claims: Iterable[Mapping[str, Any]], where: Mapping[str, Any], command: str, path: Path) -> None:
+def update_summary(
+    claims: Iterable[Mapping[str, Any]], where: Mapping[str, Any], command: str, path: Path, vllm: str | None = None
+) -> None:
     """Put claims into the summary file; a claim of the same name is replaced."""
     old = json.loads(path.read_text()) if path.exists() else []
     common = {key: where[key] for key in ("card", "torch", "triton", "commit")}
-    new = {c["claim"]: {**c, **common, "vllm": None, "command": command} for c in claims}
+    new = {c["claim"]: {**c, **common, "vllm": vllm, "command": command} for c in claims}
     records = [new.pop(r["claim"], r) for r in old] + list(new.values())
     ordered = [{f: r[f] for f in (*FIELDS, "reason") if f in r} for r in records]
     wrong = problems(ordered)

@@ -35,8 +35,11 @@ SHARED_BY_PASSES = ("dataflow", "residual", "spine", "blocks", "segments", "bran
 BEHIND_A_DOOR = (
     "kernels/site.py",
     "kernels/site_kernels.py",
+    "steer_compile/vllm/metrics.py",
+    "steer_compile/vllm/requests.py",
+    "steer_compile/vllm/server/plugin.py",
 )
-"""Modules that are imported only where their extra is there: the template, which needs Triton."""
+"""Modules that are imported only where their extra is there: the template, which needs Triton; what vLLM calls."""
 
 ADAPTERS = Path("steer_compile/vllm/adapters")
 """What leans on vLLM, and is imported when vLLM calls the plugin."""

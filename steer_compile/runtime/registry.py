@@ -6,21 +6,20 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from steer_compile.errors import TooManyTokens, UnknownName, VectorError
+from steer_compile.errors import UnknownName
 from steer_compile.ir import Bank, Plan, SiteTable
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.gates import Monitor, SiteLike, clamps_by_site
+from steer_compile.runtime.named import NamedVectors
 from steer_compile.runtime.row_store import RowStore
 from steer_compile.runtime.rows import RowKey, RowPlan
 from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.site_monitors import SiteMonitors
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.tables import TableSet
-from steer_compile.runtime.vectors import PHASES, TokenSelection, VectorSet, finite, vector_set
+from steer_compile.runtime.vectors import PHASES, TokenSelection, finite, vector_set
 from steer_compile.spec import SteerSpec
 
 
@@ -49,7 +48,7 @@ class Registry:
         self._scope = Scope(spec, self.tables)
         self._rows = RowStore(spec, self.tables, self._scope)
         self.sites = SiteMonitors(self.tables, self._scope, self._lock)
-        self._named: dict[str, VectorSet] = {}
+        self.named = NamedVectors()
         self._handles: dict[int, Handle] = {}
         self._number = 0
 
@@ -76,20 +75,6 @@ class Registry:
             self._rows.write_all()
             self.sites.bind()
 
-    def set_tokens(self, rows: npt.NDArray[np.int32], decoded: npt.NDArray[np.bool_]) -> None:
-        """Set the row of each token of the next call, and whether it is decoded. Further tokens read what they read.
-
-        Raises:
-            TooManyTokens: more tokens than the spec has room for.
-        """
-        if rows.size > self._spec.max_tokens:
-            raise TooManyTokens(
-                f"the call has {rows.size} tokens but the spec has max_tokens={self._spec.max_tokens}; raise it"
-            )
-        with self._lock, torch.no_grad():
-            self.tables.index(rows)
-            self.sites.before_step(decoded)
-
     # -- vectors --------------------------------------------------------------------------------------------------
 
     def register_vectors(self, name: str, vectors: object, replace: bool = False) -> str:
@@ -100,15 +85,9 @@ class Registry:
         """
         checked = vector_set(vectors)
         with self._lock:
-            old = self._named.get(name)
-            if old is not None and old != checked:
-                users = sum(name in h.names for h in self._handles.values())
-                if users:
-                    raise VectorError(f"vector set {name!r} is used by {users} live handles; release them first")
-                if not replace:
-                    raise VectorError(f"vector set {name!r} exists with other content; pass replace=True to change it")
+            self.named.check(name, checked, replace, sum(name in h.names for h in self._handles.values()))
             self._rows.check(Contents(((checked, 1.0),)))
-            self._named[name] = checked
+            self.named.put(name, checked)
             return checked.digest
 
     @property
@@ -117,27 +96,11 @@ class Registry:
         with self._lock:
             return self._rows.in_use
 
-    def forget_vectors(self, name: str) -> None:
-        """Take the name of a vector set away; live handles keep what they have.
-
-        Raises:
-            UnknownName: there is none.
-        """
-        with self._lock:
-            self._require_named(name)
-            del self._named[name]
-
-    def _require_named(self, name: str) -> VectorSet:
-        if name not in self._named:
-            known = ", ".join(sorted(self._named)) or "none"
-            raise UnknownName(f"no vector set is named {name!r}; registered are: {known}")
-        return self._named[name]
-
     @property
     def names(self) -> dict[str, str]:
         """Registered vector sets: name to content digest."""
         with self._lock:
-            return {name: vectors.digest for name, vectors in self._named.items()}
+            return self.named.digests()
 
     def set_global(
         self, base: object = None, prefill: object = None, decode: object = None, clamps: object = None
@@ -210,7 +173,7 @@ class Registry:
                 monitors or clamps.
         """
         with self._lock:
-            made = {phase: self._own_contents(config, phase) for phase in PHASES}
+            made = {phase: self.contents(config, phase) for phase in PHASES}
             return self.adopt(made, config.tokens, frozenset(name for name, _ in config.named))
 
     def adopt(
@@ -230,22 +193,12 @@ class Registry:
             self._handles[handle.number] = handle
             return handle
 
-    def preview(self, config: Steering, share: float = 1.0) -> dict[str, Contents]:
-        """What a configuration would put into a row, by phase, without taking any.
-
-        Args:
-            share: of the range of the tables' dtype that its vectors may use.
-
-        Raises:
-            UnknownName: an unregistered vector set. VectorError, SiteNotFound: what no row of this spec can hold.
-        """
+    def check(self, contents: Contents, share: float = 1.0) -> None:
+        """Raise as `adopt` does for contents that no row can hold; they may use a share of the tables' range."""
         with self._lock:
-            made = {phase: self._own_contents(config, phase) for phase in PHASES}
-            for contents in {contents.digest(): contents for contents in made.values()}.values():
-                self._rows.check(contents)
-                contents.check_room(self._spec.clamps)
-                contents.check_range(self.tables, share)
-            return made
+            self._rows.check(contents)
+            contents.check_room(self._spec.clamps)
+            contents.check_range(self.tables, share)
 
     def release(self, handle: Handle) -> None:
         """Give a handle's rows back.
@@ -275,8 +228,13 @@ class Registry:
         if self._handles.get(handle.number) is not handle:
             raise UnknownName(f"handle {handle.number} is not live here; register its configuration again")
 
-    def _own_contents(self, config: Steering, phase: str) -> Contents:
+    def contents(self, config: Steering, phase: str) -> Contents:
+        """What a configuration puts into a row of a phase.
+
+        Raises:
+            UnknownName: an unregistered vector set.
+        """
         parts = [(config.base, config.scale), (config.tier(phase), config.scale)]
         for name, scale in config.named:
-            parts.append((self._require_named(name), scale * config.scale))
+            parts.append((self.named.get(name), scale * config.scale))
         return Contents(tuple((v, s) for v, s in parts if v), config.monitors, config.clamps)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from steer_compile.errors import NotSteered, SpecError
@@ -64,7 +64,7 @@ class Writer:
             kept = self._queue.get()
             try:
                 _write(self._folder, kept)
-            except Exception as error:  # a full disk must not end the thread; the reader sees what happened
+            except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError) as error:  # the reader sees it
                 _note(self._folder, kept, error)
             finally:
                 self._room.give_back(kept.size)

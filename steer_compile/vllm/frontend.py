@@ -12,6 +12,8 @@ import torch
 from steer_compile.errors import SiteNotFound, SpecError, TableFull, VectorError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
+from steer_compile.runtime.steering import Steering
+from steer_compile.runtime.vectors import PHASES
 from steer_compile.vllm.capture_files import file_at, file_name
 from steer_compile.vllm.captures import EVERYTHING, CaptureRequest
 from steer_compile.vllm.model import Shape, expected_banks
@@ -76,7 +78,7 @@ class FrontEnd:
         """
         rest, asked = parts(given)
         steering = parse(rest)
-        made = self._registry.preview(steering, _SHARE)
+        made = self._made(steering)
         tokens = "" if steering.tokens is None else repr(steering.tokens)
         digests = {phase: contents.digest() + tokens if contents else "" for phase, contents in made.items()}
         needed = sum(bool(digest) for digest in digests.values())
@@ -89,6 +91,13 @@ class FrontEnd:
         file = file_at(self.settings.capture_dir, capture.name)
         whole = bool(capture.tokens.spans) or capture.tokens.last_prompt
         return Checked(data, digests, {"name": capture.name, "file": str(file)}, whole)
+
+    def _made(self, steering: Steering) -> dict[str, Contents]:
+        """Contents by phase that a row of the engine can hold."""
+        made = {phase: self._registry.contents(steering, phase) for phase in PHASES}
+        for contents in {contents.digest(): contents for contents in made.values()}.values():
+            self._registry.check(contents, _SHARE)
+        return made
 
     def _capture(self, asked: CaptureAsked) -> CaptureRequest:
         sites = self._captured if asked.sites is None else asked.sites
@@ -130,7 +139,7 @@ class FrontEnd:
             UnknownName: there is none.
         """
         with self._lock:
-            self._registry.forget_vectors(name)
+            self._registry.named.pop(name)
             self._sizes.pop(name, None)
 
     def vectors(self) -> list[dict[str, Any]]:
@@ -148,7 +157,7 @@ class FrontEnd:
         steering = parse(given)
         if steering.tokens is not None or steering.monitors or steering.clamps:
             raise SpecError("global steering has vectors only; leave out tokens, monitors and clamps")
-        made = self._registry.preview(steering, _SHARE)
+        made = self._made(steering)
         return self.restore_global(made), {phase: contents.digest() for phase, contents in made.items()}
 
     def restore_global(self, made: Everyone) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from steer_compile.errors import TooManyTokens
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import GLOBAL_ROWS
@@ -105,7 +108,7 @@ class RequestRows:
             prompts: tokens of its prompt (N,).
         """
         if self._slots:
-            slots = np.fromiter((self._slots.get(request, 0) for request in requests), np.intp, len(requests))
+            slots = np.fromiter(map(self._slots.get, requests, repeat(0)), np.intp, len(requests))
         else:
             slots = np.zeros(len(requests), np.intp)
         if int(counts.sum()) == len(requests):  # one token each, as in decoding
@@ -146,5 +149,13 @@ class RequestRows:
         room = max(rows.size, before)
         padded = np.zeros(room, np.int32), np.zeros(room, np.bool_)
         padded[0][: rows.size], padded[1][: rows.size] = rows, decoded
-        self._registry.set_tokens(*padded)
+        self._send(*padded)
         self._last, self._decoded = rows, decoded
+
+    def _send(self, rows: npt.NDArray[np.int32], decoded: npt.NDArray[np.bool_]) -> None:
+        most = self._registry.tables.spec.max_tokens
+        if rows.size > most:
+            raise TooManyTokens(f"a step has {rows.size} tokens and the tables have room for {most}; report the engine")
+        with torch.no_grad():
+            self._registry.tables.index(rows)
+            self._registry.sites.before_step(decoded)

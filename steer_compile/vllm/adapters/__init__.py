@@ -1,5 +1,6 @@
 """What this package leans on inside vLLM, one file for each place: `missing` says what a version lacks, `install`
-puts the package's own function around vLLM's. Run on vLLM 0.32.0 (CPU)."""
+puts the package's own function around vLLM's. Run on vLLM 0.32.0 (CPU, runner V1) and 0.26.0
+(CUDA, both runners); once on 0.28.0 and 0.30.0 (CPU)."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from steer_compile.errors import CheckpointError
 MAX_FILE = 64 << 20
 """Most bytes of a file."""
 
+_CUT = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, TypeError, ValueError)
+"""What reading a file that is cut or made up may raise."""
 _DIRECTION = re.compile(r"direction\.(\d{1,6})")
 
 
@@ -45,7 +47,7 @@ def _read_gguf(data: bytes) -> dict[str, torch.Tensor]:
         file.flush()
         try:
             tensors = {t.name: torch.from_numpy(t.data.copy()) for t in GGUFReader(file.name).tensors}
-        except Exception as error:  # the reader has no error of its own for a file that is cut or made up
+        except _CUT as error:  # the reader has no error of its own
             raise CheckpointError(f"the GGUF file cannot be read ({error}); give a control vector") from error
     found = {}
     for name, tensor in tensors.items():
