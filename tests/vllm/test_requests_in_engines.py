@@ -213,6 +213,18 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(
     assert got == texts(generated(llm, steering, tokens=40, prompts=prompts))
 
 
+def test_256_configurations_in_one_batch(models: Path) -> None:
+    wide = engines.engine(
+        engines.saved("llama", models), SteerSpec(steer=("post_block",), rows=512), enable_prefix_caching=False,
+        max_num_seqs=256, max_num_batched_tokens=8192,
+    )  # fmt: skip
+    steering = [at(n % engines.LAYERS, vector(1000 + n, 2.0)) for n in range(256)]
+    together = texts(generated(wide, steering, tokens=4))
+    assert len({tuple(t) for t in together}) > 150
+    for n in range(0, 256, 16):
+        assert texts(generated(wide, [steering[n]], tokens=4)) == [together[n]]
+
+
 def test_bf16_tables_and_streams(models: Path) -> None:
     """Also with the families that have numbers of fp32 for each token."""
     ops = ("add", "row_monitor", "clamp")

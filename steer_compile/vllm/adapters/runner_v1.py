@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from steer_compile.vllm.adapters.runners import announce, live_of
+from steer_compile.vllm.adapters.runners import announce, executed, live_of
 from steer_compile.vllm.model import SteeredModel
 from steer_compile.vllm.settings import Settings
 
@@ -33,7 +33,7 @@ def building(config: Any, steered: SteeredModel, settings: Settings) -> None:
     if runner not in _patched:
         runner._update_states = _update(runner._update_states)
         runner._prepare_inputs = _prepare(runner._prepare_inputs)
-        runner.execute_model = _execute(runner.execute_model)
+        runner.execute_model = executed(runner.execute_model)
         _patched.append(runner)
 
 
@@ -66,15 +66,3 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return _prepare_inputs
-
-
-def _execute(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        live = live_of(self)
-        if live is not None:
-            live.ran()
-        return result
-
-    return execute_model

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from steer_compile.errors import LoweringError
-from steer_compile.vllm.adapters.runners import announce, live_of
+from steer_compile.vllm.adapters.runners import announce, executed, live_of
 from steer_compile.vllm.model import SteeredModel
 from steer_compile.vllm.settings import Settings
 
@@ -42,7 +42,7 @@ def building(config: Any, steered: SteeredModel, settings: Settings) -> None:
         runner.finish_requests = _finish(runner.finish_requests)
         runner.add_requests = _add(runner.add_requests)
         runner.prepare_inputs = _prepare(runner.prepare_inputs)
-        runner.execute_model = _execute(runner.execute_model)
+        runner.execute_model = executed(runner.execute_model)
         _patched.append(runner)
 
 
@@ -81,15 +81,3 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         return batch
 
     return prepare_inputs
-
-
-def _execute(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        live = live_of(self)
-        if live is not None:
-            live.ran()
-        return result
-
-    return execute_model

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -95,6 +96,20 @@ def live_of(runner: Any) -> Live | None:
             "and the version of vLLM"
         )
     return None
+
+
+def executed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A runner's ``execute_model``, behind whose forward captured rows are copied."""
+
+    @functools.wraps(original)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        live = live_of(self)
+        if live is not None:
+            live.ran()
+        return result
+
+    return execute_model
 
 
 def _made(steered: SteeredModel, settings: Settings) -> Live:
