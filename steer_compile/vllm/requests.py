@@ -38,6 +38,8 @@ DIGESTS = "steer_digests"
 """Key under which the front end puts the digest of a request's steering in each phase, "" for none."""
 MAX_NUMBERS = 1 << 26
 """Most numbers of one packed piece."""
+MOST_NAMES, MOST_SPANS = 16, 64
+"""Most named sets and spans of a request: the engine handles each in every step or row."""
 
 _FIELDS = {"named", "base", "prefill", "decode", "scale", "tokens", "monitors", "clamps"}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -138,6 +140,8 @@ def _named(given: object) -> list[str | tuple[str, float]]:
     items = [given] if isinstance(given, str) else given
     if not isinstance(items, list | tuple):
         raise SpecError(f"named is a {type(given).__name__}; give names or pairs of a name and a factor")
+    if len(items) > MOST_NAMES:
+        raise SpecError(f"named has {len(items)} vector sets, and {MOST_NAMES} are the most; add some up beforehand")
     return [tuple(item) if isinstance(item, list) else item for item in items]
 
 
@@ -199,6 +203,8 @@ def _tokens(given: object) -> TokenSelection:
     spans = data.get("spans", [])
     if not isinstance(spans, list):
         raise SpecError(f"tokens has spans={spans!r}; give pairs such as [[0, 5]]")
+    if len(spans) > MOST_SPANS:
+        raise SpecError(f"tokens has {len(spans)} spans, and {MOST_SPANS} are the most; join some")
     flags = [data.get(name, False) for name in ("last_prompt", "generated")]
     if not all(isinstance(flag, bool) for flag in flags):
         raise SpecError(f"tokens has last_prompt={flags[0]!r} and generated={flags[1]!r}; give true or false")

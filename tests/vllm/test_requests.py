@@ -94,6 +94,8 @@ BAD: dict[str, tuple[Any, type[SteerError]]] = {
     "too large for a float": ({"base": {"post_block": {"1": [1.0, 10**400]}}}, VectorError),
     "flag that is text": ({"tokens": {"generated": "false"}}, SpecError),
     "nothing": ({"tokens": {}}, SpecError),
+    "many names": ({"named": ["calm"] * 17}, SpecError),
+    "many spans": ({"tokens": {"spans": [[0, 1]] * 65}}, SpecError),
 }
 
 
