@@ -39,7 +39,6 @@ class TableSet:
         self._views: dict[tuple[str, SiteKey], torch.Tensor] = {}
         self._families: dict[SiteKey, tuple[str, ...]] = {}
         self.tensors: list[torch.Tensor] = []
-        self._neutral: list[torch.Tensor] = []
         self.device: torch.device | None = None
         self.rows: torch.Tensor = torch.empty(0)
         self.scale: torch.Tensor = torch.empty(0)
@@ -60,7 +59,6 @@ class TableSet:
             for bank in banks[len(self.tensors) :]:
                 line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
                 self.tensors.append(_room(bank, device).copy_(line))
-                self._neutral.append(line)
         self.banks = banks
         for bank, tensor in zip(banks, self.tensors, strict=True):
             for site, part in zip(bank.sites, tensor.unbind(), strict=True):
@@ -141,13 +139,17 @@ class TableSet:
         Raises:
             VectorError: a number overflows the bank's dtype.
         """
-        for bank, tensor, source in zip(self.banks, self.tensors, self._neutral, strict=True):
+        for bank, tensor in zip(self.banks, self.tensors, strict=True):
             if bank.kind == kind:
+                parts = [tensor[:, start : start + count] for start in starts]
                 if any(site in values for site in bank.sites):
                     block = _block(bank, count, values)
                     source = block.pin_memory() if tensor.is_cuda else block
-                for start in starts:
-                    tensor[:, start : start + count].copy_(source, non_blocking=True)
+                    for part in parts:
+                        part.copy_(source, non_blocking=True)
+                else:
+                    for part in parts:
+                        _clear(part, kind)
 
     def index(self, rows: npt.NDArray[np.int32]) -> None:
         """Set the row of the first ``rows.size`` tokens."""
@@ -179,6 +181,14 @@ class TableSet:
 def numbers(given: Sequence[Any]) -> torch.Tensor:
     """fp32 numbers on the CPU, whatever the default dtype and device are, as they may be another model's."""
     return torch.tensor(given, dtype=torch.float32, device="cpu")
+
+
+def _clear(part: torch.Tensor, kind: str) -> None:
+    """Make lines of a bank neutral, without waiting for the device."""
+    for column, number in enumerate(_NEUTRAL.get(kind, ())):
+        part[..., column].fill_(number)
+    if kind not in _NEUTRAL:
+        part.zero_()
 
 
 def _room(bank: Bank, device: torch.device) -> torch.Tensor:

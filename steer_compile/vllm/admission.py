@@ -78,7 +78,8 @@ def block_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...
     """What the key of a cached block of tokens ``start`` to ``end`` says of steering.
 
     A block of prompt tokens carries what is added in prefill, one of generated tokens what is added in decode, and one
-    with both carries both. Steering of decoded tokens alone leaves the prompt's blocks to be shared with everyone.
+    with both carries both and where the prompt ends: the same tokens as one prompt, as in the next turn of a chat, were
+    steered otherwise. Steering of decoded tokens alone leaves the prompt's blocks to be shared with everyone.
     """
     prefill, decode = digests_of(request)
     keys: list[tuple[str, str]] = []
@@ -86,4 +87,6 @@ def block_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...
         keys.append(("steer_prefill", prefill))
     if decode and end > request.num_prompt_tokens:
         keys.append(("steer_decode", decode))
+    if (prefill or decode) and start < request.num_prompt_tokens < end:
+        keys.append(("steer_prompt_end", str(request.num_prompt_tokens - start)))
     return tuple(keys)

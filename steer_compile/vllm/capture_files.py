@@ -6,6 +6,7 @@ A file holds a tensor for each site, named ``layers.3.post_block`` (n, H), and t
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import re
@@ -26,6 +27,8 @@ from steer_compile.vllm.captures import Kept, Room, joined
 MOST_NAME = 100
 _QUEUE = 256
 """Files that may wait for the thread; beyond them the engine waits."""
+_LAST = 30.0
+"""Seconds in which a process that ends writes its last files."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -52,22 +55,28 @@ class Writer:
     def __init__(self, folder: str, room: Room) -> None:
         self._folder = folder
         self._room = room
-        self._queue: queue.Queue[Kept] = queue.Queue(_QUEUE)
-        threading.Thread(target=self._run, name="steer_compile captures", daemon=True).start()
+        self._queue: queue.Queue[Kept | None] = queue.Queue(_QUEUE)
+        self._thread = threading.Thread(target=self._run, name="steer_compile captures", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def put(self, kept: Kept) -> None:
         """Hand a finished request over."""
         self._queue.put(kept)
 
+    def close(self) -> None:
+        """Write what is there, as the process ends."""
+        self._queue.put(None)
+        self._thread.join(_LAST)
+
     def _run(self) -> None:
-        while True:
-            kept = self._queue.get()
+        while (kept := self._queue.get()) is not None:
             try:
                 _write(self._folder, kept)
             except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError) as error:  # the reader sees it
                 _note(self._folder, kept, error)
             finally:
-                self._room.give_back(kept.size)
+                self._room.let_go(kept)
 
 
 def _write(folder: str, kept: Kept) -> None:
@@ -110,7 +119,8 @@ def captured(output: Any, llm: Any = None, timeout: float = 60.0) -> Captured:
     """What a request of vLLM captured, once its file is there.
 
     Args:
-        output: the request's `RequestOutput`.
+        output: the request's last `RequestOutput`. Where outputs are deltas, the rows of positions that an engine
+            computed ahead stay in.
         llm: the `vllm.LLM` that made it, whose engine may have to hear that the request has ended.
         timeout: seconds to wait.
 
@@ -128,13 +138,19 @@ def captured(output: Any, llm: Any = None, timeout: float = 60.0) -> Captured:
             llm.llm_engine.step()
     end = time.monotonic() + timeout
     while not path.exists():
-        failed = path.with_suffix(".error")
-        if failed.exists():
-            raise NotSteered(f"the capture {path} was not written: {failed.read_text()}")
+        if failed := failure(path):
+            raise NotSteered(f"the capture {path} was not written: {failed}")
         if time.monotonic() > end:
             raise NotSteered(f"the capture {path} did not come within {timeout} seconds")
         time.sleep(0.005)
-    return read(path, len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1)
+    whole = reference["output"] == "whole"  # else the output holds the last tokens alone
+    return read(path, len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 if whole else None)
+
+
+def failure(path: Path) -> str:
+    """Why a file was not written, "" where nothing is known of that."""
+    note = path.with_suffix(".error")
+    return note.read_text() if note.exists() else ""
 
 
 def read(path: Path, length: int | None = None) -> Captured:

@@ -42,29 +42,40 @@ class CaptureRequest:
         return cls(name, tuple((hook, layer) for hook, layer in sites), tokens)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
-    """Rows of one step on the CPU, once ``ready`` has passed: positions, token ids and values of each site."""
+    """Rows of one step on the CPU, once ``ready`` has passed: positions and token ids of all, and of each site the
+    values of those that asked for it. It is in memory until the last of its ``holders`` has let it go."""
 
     positions: Tensor
     token_ids: Tensor
     values: dict[SiteKey, Tensor]
     ready: torch.cuda.Event | None
+    size: int
+    holders: int
 
     def wait(self) -> None:
         if self.ready is not None:
             self.ready.synchronize()
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where the rows of a request are in a chunk: in its positions and ids, and in the values of each site."""
+
+    chunk: Chunk
+    rows: slice
+    values: dict[SiteKey, slice]
+
+
 @dataclass
 class Kept:
-    """The rows of one request so far, as parts of chunks, and how many found no room."""
+    """The rows of one request so far, and how many found no room."""
 
     request: str
     asked: CaptureRequest
     prompt: int = 0
-    parts: list[tuple[Chunk, slice]] = field(default_factory=list)
-    size: int = 0
+    parts: list[Part] = field(default_factory=list)
     dropped: int = 0
 
 
@@ -83,12 +94,17 @@ class Room:
             self._used += size if fits else 0
             return fits
 
-    def give_back(self, size: int) -> None:
+    def let_go(self, kept: Kept) -> None:
+        """A request needs its rows no more; a chunk that nobody needs gives its bytes back."""
         with self._lock:
-            self._used -= size
+            for part in kept.parts:
+                part.chunk.holders -= 1
+                self._used -= 0 if part.chunk.holders else part.chunk.size
+        kept.parts.clear()
 
     @property
     def used(self) -> int:
+        """Bytes that are taken."""
         return self._used
 
 
@@ -133,36 +149,59 @@ class Captures:
             token_ids, positions: of the step's tokens (T,) on the device.
         """
         planned, self._planned = self._planned, []
-        kept_now = [(kept, rows) for kept, rows in planned if self._fits(kept, rows.size)]
-        if not kept_now:
+        taken = [(kept, rows) for kept, rows in planned if self._fits(kept, rows.size)]
+        if not taken:
             return
-        sites = list(dict.fromkeys(site for kept, _ in kept_now for site in kept.asked.sites))
-        index = _to(torch.from_numpy(np.concatenate([rows for _, rows in kept_now])), token_ids.device)
-        values = {site: _to_host(self._banks[site].index_select(0, index)) for site in sites}
-        ids, places = (_to_host(t.index_select(0, index)) for t in (token_ids, positions))
+        device = token_ids.device
+        index = _to(np.concatenate([rows for _, rows in taken]), device)
+        values, places = self._values(taken, device)
+        ids, positions = (_to_host(t.index_select(0, index)) for t in (token_ids, positions))
         ready = None
         if token_ids.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
-        chunk, at = Chunk(places, ids, values, ready), 0
-        for kept, rows in kept_now:
-            kept.parts.append((chunk, slice(at, at + rows.size)))
+        size = sum(self._size(kept, rows.size) for kept, rows in taken)
+        chunk, at = Chunk(positions, ids, values, ready, size, len(taken)), 0
+        for (kept, rows), where in zip(taken, places, strict=True):
+            kept.parts.append(Part(chunk, slice(at, at + rows.size), where))
             at += rows.size
 
+    def _values(
+        self, taken: Sequence[tuple[Kept, npt.NDArray[np.int64]]], device: torch.device
+    ) -> tuple[dict[SiteKey, Tensor], list[dict[SiteKey, slice]]]:
+        """Copies of each site's rows, one copy for all that asked for it, and where those of each request are."""
+        by_site: dict[SiteKey, list[int]] = {}
+        for i, (kept, _) in enumerate(taken):
+            for site in kept.asked.sites:
+                by_site.setdefault(site, []).append(i)
+        indices: dict[tuple[int, ...], Tensor] = {}
+        values, places = {}, [dict[SiteKey, slice]() for _ in taken]
+        for site, wanted in by_site.items():
+            key, at = tuple(wanted), 0
+            if key not in indices:
+                indices[key] = _to(np.concatenate([taken[i][1] for i in wanted]), device)
+            values[site] = _to_host(self._banks[site].index_select(0, indices[key]))
+            for i in wanted:
+                places[i][site] = slice(at, at + taken[i][1].size)
+                at += taken[i][1].size
+        return values, places
+
+    def _size(self, kept: Kept, rows: int) -> int:
+        return rows * sum(self._banks[s].size(1) * self._banks[s].element_size() for s in kept.asked.sites)
+
     def _fits(self, kept: Kept, rows: int) -> bool:
-        size = rows * sum(self._banks[s].size(1) * self._banks[s].element_size() for s in kept.asked.sites)
-        if not self._room.take(size):
-            kept.dropped += rows
-            return False
-        kept.size += size
-        return True
+        if self._room.take(self._size(kept, rows)):
+            return True
+        kept.dropped += rows
+        return False
 
 
 def _is(bank: Any) -> bool:
     return bool(bank.kind == "capture")
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
+def _to(rows: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(rows)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -175,16 +214,16 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def joined(kept: Kept) -> Mapping[str, Tensor]:
     """The rows of a request in the order of their positions; of a position that was computed twice, the later ones."""
-    for chunk, _ in kept.parts:
-        chunk.wait()
-    places = _cat([chunk.positions[part] for chunk, part in kept.parts], torch.int64)
+    for part in kept.parts:
+        part.chunk.wait()
+    places = _cat([part.chunk.positions[part.rows] for part in kept.parts], torch.int64)
     latest = {int(place): i for i, place in enumerate(places.tolist())}
     order = torch.tensor([latest[place] for place in sorted(latest)], dtype=torch.int64)
-    ids = _cat([chunk.token_ids[part] for chunk, part in kept.parts], torch.int64)
+    ids = _cat([part.chunk.token_ids[part.rows] for part in kept.parts], torch.int64)
     found = {"positions": places[order], "token_ids": ids[order]}
-    for hook, layer in kept.asked.sites:
-        rows = [chunk.values[hook, layer][part] for chunk, part in kept.parts]
-        found[f"layers.{layer}.{hook}"] = torch.cat(rows)[order] if rows else torch.zeros(0)
+    for site in kept.asked.sites:
+        rows = [part.chunk.values[site][part.values[site]] for part in kept.parts]
+        found[f"layers.{site[1]}.{site[0]}"] = torch.cat(rows)[order] if rows else torch.zeros(0)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ _SHARE = 0.5
 Everyone = Mapping[str, Contents]
 
 
+def digests_of(everyone: Everyone) -> dict[str, str]:
+    """Digests of global steering, by phase."""
+    return {phase: contents.digest() for phase, contents in everyone.items()}
+
+
 @dataclass(frozen=True)
 class Checked:
     """A request that the engine can do.
@@ -44,6 +50,11 @@ class Checked:
     digests: dict[str, str]
     capture: dict[str, str] | None = None
     whole: bool = False
+
+
+def _short(text: str) -> str:
+    """A digest of digests; the scheduler and the key of each cached block hold it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class FrontEnd:
@@ -80,7 +91,7 @@ class FrontEnd:
         steering = parse(rest)
         made = self._made(steering)
         tokens = "" if steering.tokens is None else repr(steering.tokens)
-        digests = {phase: contents.digest() + tokens if contents else "" for phase, contents in made.items()}
+        digests = {phase: _short(contents.digest() + tokens) if contents else "" for phase, contents in made.items()}
         needed = sum(bool(digest) for digest in digests.values())
         if needed > self._rows:
             raise TableFull(f"the request needs {needed} rows, one for each phase, and the spec has rows={self._rows}")
@@ -148,8 +159,8 @@ class FrontEnd:
             names = self._registry.names
             return [{"name": n, "digest": names[n], "numbers": self._sizes[n]} for n in sorted(names)]
 
-    def checked_global(self, given: object) -> tuple[dict[str, Any], dict[str, str]]:
-        """What every request is to get, as data for the workers, and its digests; from now on it counts here.
+    def checked_global(self, given: object) -> Everyone:
+        """What every request is to get.
 
         Raises:
             SpecError: more than vectors. VectorError, SiteNotFound, UnknownName: what the engine cannot do.
@@ -157,13 +168,7 @@ class FrontEnd:
         steering = parse(given)
         if steering.tokens is not None or steering.monitors or steering.clamps:
             raise SpecError("global steering has vectors only; leave out tokens, monitors and clamps")
-        made = self._made(steering)
-        return self.restore_global(made), {phase: contents.digest() for phase, contents in made.items()}
-
-    def restore_global(self, made: Everyone) -> dict[str, Any]:
-        """Make contents what every request gets; returns them as data for the workers."""
-        self.everyone = made
-        return sent(made, None)
+        return self._made(steering)
 
     def status(self) -> dict[str, Any]:
         """The spec, the model's stream, named vectors and global steering."""
@@ -171,5 +176,5 @@ class FrontEnd:
             "spec": {k: v for k, v in self.settings.spec.to_dict().items() if k != "max_tokens"},
             "model": {"layers": self._shape.n_layers, "width": self._shape.width},
             "vectors": self.vectors(),
-            "global": {phase: contents.digest() for phase, contents in self.everyone.items()},
+            "global": digests_of(self.everyone),
         }

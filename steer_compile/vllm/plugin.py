@@ -57,15 +57,6 @@ def _refuse_specs(what: str) -> None:
 
 
 def _adapters() -> tuple[Adapter, ...]:
-    from steer_compile.vllm.adapters import (
-        cache_keys,
-        compile_path,
-        intake,
-        outputs,
-        runner_v1,
-        runner_v2,
-        scheduling,
-        workers,
-    )
+    from steer_compile.vllm.adapters import cache_keys, compile_path, core, intake, outputs, scheduling, workers
 
-    return (compile_path, intake, outputs, scheduling, cache_keys, runner_v1, runner_v2, workers)
+    return (compile_path, intake, core, outputs, scheduling, cache_keys, workers)

@@ -38,8 +38,10 @@ def received(data: Mapping[str, Any]) -> tuple[dict[str, Contents], TokenSelecti
 
 
 def _contents(contents: Contents) -> dict[str, Any]:
+    sets = list(dict.fromkeys(vectors for vectors, _ in contents.parts))
     return {
-        "parts": [[_set(vectors), scale] for vectors, scale in contents.parts],
+        "sets": [_set(vectors) for vectors in sets],
+        "parts": [[sets.index(vectors), scale] for vectors, scale in contents.parts],
         "monitors": [[*site, _bytes(m.probe), m.threshold, m.sharpness, m.digest] for site, m in contents.monitors],
         "clamps": [
             [*site, [[_bytes(c.direction), c.lo, c.hi, c.strength, c.digest] for c in each]]
@@ -49,8 +51,9 @@ def _contents(contents: Contents) -> dict[str, Any]:
 
 
 def _read_contents(data: Mapping[str, Any]) -> Contents:
+    sets = [_read_set(vectors) for vectors in data["sets"]]
     return Contents(
-        tuple((_read_set(vectors), scale) for vectors, scale in data["parts"]),
+        tuple((sets[place], scale) for place, scale in data["parts"]),
         tuple(
             ((hook, layer), Monitor.checked(_floats(probe), *settings))
             for hook, layer, probe, *settings in data["monitors"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from steer_compile import SteerSpec
 from steer_compile.errors import LoweringError, SteerError
 from steer_compile.vllm import Captured, captured
+from tests import _tree
 from tests.vllm import engines
 from tests.vllm.engines import at, vector
 
@@ -169,6 +174,27 @@ def test_rows_beyond_the_room_are_dropped_and_said(models: Path, folder: Path) -
     assert found.positions.tolist() == list(range(12))
     (later,) = generate(small, [{"capture": {"sites": {"post_block": [1]}}}], [list(range(5, 10))])
     assert captured(later, small).status == "complete"  # the room is there again
+
+
+def test_a_request_that_never_ran_names_no_file(models: Path, folder: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.engine import FinishReason
+
+    waiting = engines.engine(engines.saved("llama", models), SPEC, capture_dir=folder).llm_engine
+    params = SamplingParams(detokenize=False, extra_args={"steer": {"capture": {}}})
+    waiting.add_request("a", {"prompt_token_ids": engines.PROMPT}, params)
+    (state,) = waiting.output_processor.request_states.values()
+    assert state.make_request_output([], None, FinishReason.ABORT, None).kv_transfer_params is None
+    assert state.make_request_output([], None, FinishReason.LENGTH, None).kv_transfer_params["steer_capture"]["file"]
+
+
+def test_an_engine_in_a_process_of_its_own_writes_too(models: Path, folder: Path) -> None:
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    command = [sys.executable, "-m", "tests.vllm.processes", str(engines.saved("llama", models)), "1", str(folder)]
+    done = subprocess.run(command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert json.loads(lines[-1]) == list(range(len(engines.PROMPT) + 3))
 
 
 def test_drafts_are_refused(models: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,34 @@ def test_an_engine_without_a_graph_is_refused_at_the_start(options: dict[str, An
         engines.engine(engines.saved("llama", models), SPEC, **options)
 
 
+def test_connectors_of_kv_blocks_are_refused_at_the_start(models: Path) -> None:
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with pytest.raises(SteerError, match="connectors that move KV blocks"):
+        engines.engine(engines.saved("llama", models), SPEC, kv_transfer_config=connector)
+
+
+def test_a_session_that_streams_its_input_is_refused(models: Path) -> None:
+    from vllm import SamplingParams
+
+    streaming = engines.engine(engines.saved("llama", models), SPEC)
+    params = SamplingParams(extra_args={"steer": at(1, vector(1))})
+    process = streaming.llm_engine.input_processor.process_inputs
+    given = {"prompt": {"type": "token", "prompt_token_ids": [5]}, "supported_tasks": ("generate",)}
+    assert process("a", params=params, **given).sampling_params.extra_args["steer_digests"]["prefill"]
+    with pytest.raises(SteerError, match="streams its input"):
+        process("a", params=params, resumable=True, **given)
+
+
+def test_the_core_takes_nothing_unchecked() -> None:
+    """As from a front end of another language: an error of that request."""
+    from vllm import SamplingParams
+    from vllm.v1.engine.core import EngineCore
+
+    request = SimpleNamespace(sampling_params=SamplingParams(extra_args={"steer": "{}"}))
+    with pytest.raises(SteerError, match="past the checks"):
+        EngineCore.preprocess_add_request(SimpleNamespace(), request)
+
+
 def test_a_spec_that_is_none_is_refused_at_the_start(models: Path) -> None:
     with pytest.raises(SteerError, match="unknown key 'stear'"):
         engines.engine(engines.saved("llama", models), additional_config={"steer_compile": {"stear": ["post_block"]}})
@@ -176,6 +205,18 @@ def test_a_warm_prefix_cache_gives_what_a_cold_one_gives(models: Path, llm: Any)
     assert hits(cached, None, prompt) == hits(cached, at(0, vector(15), "decode"), prompt) == 64
     assert hits(cached, at(1, vector(13, 2.0)), prompt) == 64
     assert hits(cached, at(1, vector(16, 2.0)), prompt) == 0
+
+
+def test_the_next_turn_of_a_chat_is_what_it_is_without_a_cache(models: Path, llm: Any) -> None:
+    """What was generated, unsteered, is part of the next prompt, and steered there: its blocks are not those."""
+    cached = engines.engine(engines.saved("llama", models), SPEC, enable_prefix_caching=True, block_size=32)
+    for tier in ("prefill", "decode", "base"):
+        steering, prompt = [at(1, vector(17, 2.0), tier)], list(range(10, 50))
+        for _ in range(2):
+            (said,) = texts(generated(cached, steering, tokens=24, prompts=[prompt]))
+            (cold,) = texts(generated(llm, steering, tokens=24, prompts=[prompt]))
+            assert said == cold
+            prompt = prompt + said + [7]
 
 
 def hits(llm: Any, steering: Any, prompts: list[list[int]]) -> int:

@@ -199,7 +199,9 @@ def test_what_runs_always_has_rows(steps: list[tuple[list[tuple[int, str, str]],
 def test_keys_of_cached_blocks() -> None:
     both = request("p", "d")
     assert block_keys(both, 0, 8) == (("steer_prefill", "p"),)
-    assert block_keys(both, 8, 16) == (("steer_prefill", "p"), ("steer_decode", "d"))
+    assert block_keys(both, 8, 16) == (("steer_prefill", "p"), ("steer_decode", "d"), ("steer_prompt_end", "2"))
+    assert block_keys(request("p"), 8, 16) == (("steer_prefill", "p"), ("steer_prompt_end", "2"))
+    assert block_keys(request("p", prompt=16), 8, 16) == (("steer_prefill", "p"),)  # all of it was steered
     assert block_keys(both, 10, 18) == (("steer_decode", "d"),)
     assert block_keys(request(decode="d"), 0, 10) == ()
     assert block_keys(request(), 0, 32) == ()

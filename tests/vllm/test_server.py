@@ -8,7 +8,7 @@ import random
 import pytest
 
 from tests.vllm import engines
-from tests.vllm.serving import Server
+from tests.vllm.serving import PROMPT, Server
 
 pytestmark = [
     pytest.mark.vllm,
@@ -27,6 +27,20 @@ def test_rows_of_finished_requests_are_free_again(server: Server) -> None:
     """Each takes two of the eight rows, and the engine is idle between them."""
     answers = [server.said(json.dumps(engines.at(1, engines.vector(40 + n, 2.0)))) for n in range(12)]
     assert len(set(answers)) > 6
+
+
+def test_beam_search_is_refused_rather_than_run_unsteered(server: Server) -> None:
+    import openai
+
+    asked = {"steer": json.dumps(engines.at(1, engines.vector(1)))}
+    model = server.client.models.list().data[0].id
+    for more in ({"use_beam_search": True, "vllm_xargs": asked}, {"use_beam_search": True}):
+        extra = {"extra_body": more, "max_tokens": 4, "temperature": 0, "n": 2}
+        if "vllm_xargs" in more:
+            with pytest.raises(openai.BadRequestError, match="beam search"):
+                server.client.completions.create(model=model, prompt=PROMPT, **extra)
+        else:
+            assert server.client.completions.create(model=model, prompt=PROMPT, **extra).choices
 
 
 def test_malformed_steering_is_answered_by_400_and_nothing_dies(server: Server) -> None:

@@ -17,6 +17,7 @@ from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
 from steer_compile import torch_compat
 from steer_compile.vllm.adapters import runner_v1, runner_v2
 from steer_compile.vllm.adapters.engine_options import check
+from steer_compile.vllm.adapters.runners import building
 from steer_compile.vllm.model import Shape, SteeredModel
 from steer_compile.vllm.settings import Settings, build
 
@@ -71,7 +72,7 @@ def _attached(model: Any, config: VllmConfig, settings: Settings) -> SteeredMode
     steered = SteeredModel(settings.spec, shape_of(config), torch.get_default_device())
     steered.attach(model)
     runner = runner_v2 if config.use_v2_model_runner else runner_v1
-    runner.building(config, steered, settings)
+    building(runner.MODULE, runner.WRAPPERS, config, steered, settings)
     return steered
 
 

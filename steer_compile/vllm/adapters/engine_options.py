@@ -55,6 +55,11 @@ def _options(config: VllmConfig, spec: SteerSpec) -> tuple[tuple[bool, str], ...
             f"adaptive verification drops drafts on the device, {split} enable_adaptive_verification=False",
         ),
         (
+            config.kv_transfer_config is not None,
+            "connectors that move KV blocks may key them by their tokens alone, and steered ones would reach other "
+            "requests; leave kv_transfer_config out",
+        ),
+        (
             drafts is not None and bool(spec.capture),
             "rows of drafts that are not taken would be captured; leave speculative_config or the spec's capture out",
         ),

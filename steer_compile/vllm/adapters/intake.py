@@ -10,26 +10,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from steer_compile.errors import SteerError
+from steer_compile.vllm.adapters.beam_search import refuse_beam_search
 from steer_compile.vllm.adapters.compile_path import settings_of, shape_of
 from steer_compile.vllm.adapters.engine_options import check
+from steer_compile.vllm.adapters.refusal import RefusedRequest
 from steer_compile.vllm.frontend import Checked, FrontEnd
 from steer_compile.vllm.metrics import metrics
 from steer_compile.vllm.requests import CAPTURE, DIGESTS, KEY
-
-
-class RefusedRequest(SteerError, VLLMValidationError):
-    """A request whose steering the engine cannot do: an error of this package, and one that a server answers by 400."""
-
-    def __init__(self, message: str) -> None:
-        VLLMValidationError.__init__(self, message, parameter=KEY)
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 _FRONT_ENDS: WeakKeyDictionary[Any, FrontEnd | None] = WeakKeyDictionary()
 
@@ -61,6 +51,7 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         if settings is not None:
             check(config, settings.spec)
         _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config))
+        refuse_beam_search()
 
     return __init__
 
@@ -87,6 +78,8 @@ def _process(original: Callable[..., Any]) -> Callable[..., Any]:
         given = (params.extra_args or {}) if isinstance(params, SamplingParams) else {}
         if KEY not in given:
             return original(self, *args, **kwargs)
+        if kwargs.get("resumable"):
+            raise RefusedRequest("a session that streams its input is not steered; send each turn as a request")
         front = _FRONT_ENDS.get(self)
         if front is None:
             raise RefusedRequest(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
 from steer_compile.vllm.requests import CAPTURE
@@ -50,9 +52,12 @@ def _output(original: Callable[..., Any]) -> Callable[..., Any]:
         if reference is None:
             return original(self, *args, **kwargs)
         given = place(self, *args, **kwargs)
-        if given.arguments.get("finish_reason") is not None:
+        reason = given.arguments.get("finish_reason")
+        never_ran = reason is FinishReason.ABORT and self.is_prefilling  # or not far enough to have said a token
+        if reason is not None and not never_ran:
             before = given.arguments.get("kv_transfer_params") or {}
-            given.arguments["kv_transfer_params"] = {**before, "steer_capture": reference}
+            shown = "delta" if self.output_kind is RequestOutputKind.DELTA else "whole"
+            given.arguments["kv_transfer_params"] = {**before, "steer_capture": {**reference, "output": shown}}
         return original(*given.args, **given.kwargs)
 
     return make_request_output

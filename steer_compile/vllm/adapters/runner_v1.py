@@ -6,35 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from steer_compile.vllm.adapters.runners import announce, executed, live_of
-from steer_compile.vllm.model import SteeredModel
-from steer_compile.vllm.settings import Settings
+from steer_compile.vllm.adapters.runners import live_of
 
-_MODULE = "vllm.v1.worker.gpu_model_runner"
-_patched: list[type] = []
-
-
-def missing() -> str:
-    """The runner is looked at when a model is there, as importing it starts the device."""
-    return ""
-
-
-def install() -> None:
-    """Nothing yet: see `building`."""
-
-
-def building(config: Any, steered: SteeredModel, settings: Settings) -> None:
-    """The runner is building this model.
-
-    Raises:
-        LoweringError: the model is not built by the V1 runner.
-    """
-    runner = announce(_MODULE, config, steered, settings)
-    if runner not in _patched:
-        runner._update_states = _update(runner._update_states)
-        runner._prepare_inputs = _prepare(runner._prepare_inputs)
-        runner.execute_model = executed(runner.execute_model)
-        _patched.append(runner)
+MODULE = "vllm.v1.worker.gpu_model_runner"
 
 
 def _update(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,3 +40,7 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return _prepare_inputs
+
+
+WRAPPERS = {"_update_states": _update, "_prepare_inputs": _prepare}
+"""Of the methods of the runner's class."""

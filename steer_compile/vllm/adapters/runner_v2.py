@@ -9,41 +9,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from steer_compile.errors import LoweringError
-from steer_compile.vllm.adapters.runners import announce, executed, live_of
-from steer_compile.vllm.model import SteeredModel
-from steer_compile.vllm.settings import Settings
+from steer_compile.vllm.adapters.runners import live_of
 
-_MODULE = "vllm.v1.worker.gpu.model_runner"
-_METHODS = ("finish_requests", "add_requests", "prepare_inputs", "execute_model")
-_patched: list[type] = []
-
-
-def missing() -> str:
-    """The runner is looked at when a model is there, as importing it starts the device."""
-    return ""
-
-
-def install() -> None:
-    """Nothing yet: see `building`."""
-
-
-def building(config: Any, steered: SteeredModel, settings: Settings) -> None:
-    """The runner is building this model.
-
-    Raises:
-        LoweringError: the model is not built by the V2 runner, or by one of another form.
-    """
-    runner = announce(_MODULE, config, steered, settings)
-    absent = [name for name in _METHODS if name not in vars(runner)]
-    if absent:
-        raise LoweringError(f"{_MODULE}.GPUModelRunner has no {absent[0]}; use vLLM 0.26 to 0.32")
-    if runner not in _patched:
-        runner.finish_requests = _finish(runner.finish_requests)
-        runner.add_requests = _add(runner.add_requests)
-        runner.prepare_inputs = _prepare(runner.prepare_inputs)
-        runner.execute_model = executed(runner.execute_model)
-        _patched.append(runner)
+MODULE = "vllm.v1.worker.gpu.model_runner"
 
 
 def _finish(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,3 +49,7 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         return batch
 
     return prepare_inputs
+
+
+WRAPPERS = {"finish_requests": _finish, "add_requests": _add, "prepare_inputs": _prepare}
+"""Of the methods of the runner's class."""

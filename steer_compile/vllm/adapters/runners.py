@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -65,18 +65,32 @@ _LIVE: WeakKeyDictionary[Any, Live] = WeakKeyDictionary()
 _ANNOUNCED: dict[int, tuple[SteeredModel, Settings]] = {}
 
 
-def announce(module: str, config: Any, steered: SteeredModel, settings: Settings) -> Any:
-    """A runner of a module is building this model; from its first step on it writes rows. Returns the runner's class.
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+_wrapped: list[type] = []
+
+
+def building(
+    module: str, wrappers: Mapping[str, Wrapper], config: Any, steered: SteeredModel, settings: Settings
+) -> None:
+    """A runner of a module is building this model; from its first step on it writes rows, by its wrapped methods.
 
     The module is not imported, as that starts the device: a model is built by a runner that is there.
 
     Raises:
-        LoweringError: the module is not loaded.
+        LoweringError: the module is not loaded, or its runner lacks a method.
     """
     if module not in sys.modules:
         raise LoweringError(f"the model is built outside of {module}, and nothing would write the rows of its tokens")
+    runner = vars(sys.modules[module])["GPUModelRunner"]
+    wrappers = {**wrappers, "execute_model": _executed}
+    absent = [name for name in wrappers if name not in vars(runner)]
+    if absent:
+        raise LoweringError(f"{module}.GPUModelRunner has no {absent[0]}; use vLLM 0.26 to 0.32")
+    if runner not in _wrapped:
+        for name, wrapper in wrappers.items():
+            setattr(runner, name, wrapper(vars(runner)[name]))
+        _wrapped.append(runner)
     _ANNOUNCED[id(config)] = steered, settings
-    return vars(sys.modules[module])["GPUModelRunner"]
 
 
 def live_of(runner: Any) -> Live | None:
@@ -98,7 +112,7 @@ def live_of(runner: Any) -> Live | None:
     return None
 
 
-def executed(original: Callable[..., Any]) -> Callable[..., Any]:
+def _executed(original: Callable[..., Any]) -> Callable[..., Any]:
     """A runner's ``execute_model``, behind whose forward captured rows are copied."""
 
     @functools.wraps(original)

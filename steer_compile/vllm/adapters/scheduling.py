@@ -55,7 +55,7 @@ def _add(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_request(self: Any, request: Any) -> Any:
         desk = _desk(self)
-        if desk is not None and (row_keys(request) or request.resumable):  # what comes later may be steered
+        if desk is not None and row_keys(request):
             desk.steered.add(request.request_id)
         return original(self, request)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any, Self
 
 from steer_compile.errors import NotSteered
 from steer_compile.vllm.adapters.intake import front_end_of
 from steer_compile.vllm.adapters.workers import SET_EVERYONE, STATE
-from steer_compile.vllm.frontend import FrontEnd
+from steer_compile.vllm.frontend import Everyone, FrontEnd, digests_of
+from steer_compile.vllm.transport import sent
 
 _TRIES = 40
 _PAUSE = 0.05
@@ -57,20 +59,37 @@ class Engine:
         their tokens so far again.
 
         Raises:
-            SteerError: bad steering. NotSteered: the prefix cache could not be emptied; the former steering is back.
+            SteerError: bad steering. NotSteered: the engine sleeps, its prefix cache could not be emptied, or a worker
+                failed; the former steering is back.
         """
         async with self._lock:
-            before = self.front.everyone
-            data, digests = self.front.checked_global(given)
-            await self._client.collective_rpc(SET_EVERYONE, args=(data,))
+            made = self.front.checked_global(given)
+            if await self._client.is_sleeping():
+                raise NotSteered("the engine sleeps, and its tables with it; wake it up first")
             if not await self._forget_prefixes():
-                await self._client.collective_rpc(SET_EVERYONE, args=(self.front.restore_global(before),))
-                raise NotSteered("the prefix cache could not be emptied, so global steering stays; try again")
-            return digests
+                raise NotSteered("the prefix cache cannot be emptied now, so global steering stays; try again")
+            # Emptied again behind the change, as steps in between have filled it with either steering.
+            if not (await self._set(made) and await self._forget_prefixes()):
+                back = await self._set(self.front.everyone) and await self._forget_prefixes()
+                state = "the former is back" if back else "and the former could not be set again: restart the engine"
+                raise NotSteered(f"global steering was not changed in all of the engine, {state}")
+            self.front.everyone = made
+            return digests_of(made)
+
+    async def _set(self, everyone: Everyone) -> bool:
+        """Whether all workers have it."""
+        sending = self._client.collective_rpc(SET_EVERYONE, args=(sent(everyone, None),))
+        return await _returned(sending) is not None
 
     async def _forget_prefixes(self) -> bool:
         for _ in range(_TRIES):
-            if await self._client.reset_prefix_cache(reset_running_requests=True):
+            if await _returned(self._client.reset_prefix_cache(reset_running_requests=True)) is True:
                 return True
             await asyncio.sleep(_PAUSE)
         return False
+
+
+async def _returned(call: Awaitable[Any]) -> Any:
+    """What a call of the engine returns, None where it raised: vLLM hands on errors of any kind."""
+    found = await asyncio.gather(call, return_exceptions=True)
+    return None if isinstance(found[0], BaseException) else found[0]

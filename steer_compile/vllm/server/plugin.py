@@ -18,7 +18,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from steer_compile.errors import SteerError, UnknownName
-from steer_compile.vllm.capture_files import file_at
+from steer_compile.vllm.capture_files import failure, file_at
 from steer_compile.vllm.metrics import metrics
 from steer_compile.vllm.server.engine import Engine
 from steer_compile.vllm.server.files import MAX_FILE, file_under, read_vectors
@@ -196,12 +196,22 @@ async def capture(request: Request) -> Response:
 
 async def forget_capture(request: Request) -> Response:
     """Delete the file of a request's captured rows."""
-    _capture_file(request).unlink()
+    path = _capture_path(request)
+    if failure(path):
+        path.with_suffix(".error").unlink()
+    else:
+        _capture_file(request).unlink()
     return JSONResponse({"name": request.path_params["name"]})
 
 
+def _capture_path(request: Request) -> Path:
+    return file_at(_engine(request).front.settings.capture_dir, request.path_params["name"])
+
+
 def _capture_file(request: Request) -> Path:
-    path = file_at(_engine(request).front.settings.capture_dir, request.path_params["name"])
+    path = _capture_path(request)
+    if failed := failure(path):
+        raise Refusal(410, f"the capture was not written: {failed}")
     if not path.is_file():
         raise Refusal(404, f"no capture {request.path_params['name']!r}; it appears soon after its request has ended")
     return path

@@ -1,0 +1,81 @@
+"""Changes of global steering where the engine fails: the former steering is back, or the operator is told."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from steer_compile import SteerSpec
+from steer_compile.errors import SteerError
+from steer_compile.vllm.frontend import FrontEnd
+from steer_compile.vllm.model import Shape
+from steer_compile.vllm.settings import Settings
+from steer_compile.vllm.transport import received
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("vllm_environment"),
+]
+
+GIVEN = {"base": {"post_block": {"1": [1.0] * 8}}}
+
+
+class Client:
+    """An engine whose prefix cache answers in turn, and whose workers hold what they are sent."""
+
+    def __init__(self, answers: list[Any], workers: list[Any], asleep: bool = False) -> None:
+        self.answers, self.workers, self.asleep = answers, workers, asleep
+        self.held: list[bool] = []
+
+    async def is_sleeping(self) -> bool:
+        return self.asleep
+
+    async def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
+        answer = self.answers.pop(0) if self.answers else True
+        if isinstance(answer, Exception):
+            raise answer
+        return bool(answer)
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[None]:
+        answer = self.workers.pop(0) if self.workers else None
+        if isinstance(answer, Exception):
+            raise answer
+        self.held.append(bool(received(args[0])[0]["prefill"]))
+        return [None]
+
+
+FAILED = RuntimeError("blocks are in use")
+CASES = {
+    "all is well": (Client([], []), [True], ""),
+    "asleep": (Client([], [], asleep=True), [], "sleeps"),
+    "never empty": (Client([FAILED] * 100, []), [], "cannot be emptied"),
+    "not empty at first": (Client([False, FAILED, True], []), [True], ""),
+    "not empty behind the change": (Client([True] + [FAILED] * 3, []), [True, False], "the former is back"),
+    "a worker fails": (Client([], [FAILED]), [False], "the former is back"),
+    "workers fail for good": (Client([], [FAILED, FAILED]), [], "restart the engine"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_an_engine_holds_after_a_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steer_compile.vllm.server import engine as module
+
+    monkeypatch.setattr(module, "_PAUSE", 0.0)
+    monkeypatch.setattr(module, "_TRIES", 3)
+    client, held, refused = CASES[name]
+    shape = Shape(8, torch.float32, range(2), 2)
+    front = FrontEnd(Settings(SteerSpec(steer=("post_block",), dtype="float32")), shape)
+    engine = module.Engine(SimpleNamespace(**{n: getattr(client, n) for n in
+                           ("is_sleeping", "reset_prefix_cache", "collective_rpc")}), front)  # fmt: skip
+    if refused:
+        with pytest.raises(SteerError, match=refused):
+            asyncio.run(engine.set_global(GIVEN))
+    else:
+        assert asyncio.run(engine.set_global(GIVEN))["prefill"]
+    assert client.held == held
+    assert any(front.status()["global"].values()) is not bool(refused)
