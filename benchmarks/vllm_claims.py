@@ -21,6 +21,8 @@ NAMES = {
     "plain_again": "a second plain engine", "add_nothing": "add installed, nothing active",
     "add_one": "add at 32 sites, one configuration", "add_own": "add at 32 sites, a configuration for each request",
     "row_monitor_one": "add and row monitors, one configuration",
+    "capture_one_last": "capture of one layer, last token of each prompt",
+    "capture_all_last": "capture of all layers, last token of each prompt",
 }  # fmt: skip
 
 

@@ -28,23 +28,28 @@ import torch
 
 from benchmarks import records
 from benchmarks.timing import copy_bandwidth, kernels
-from steer_compile import SteerSpec
+from steer_compile import HookSelection, SteerSpec
 from steer_compile.vllm import engine_args
 
 WIDTH, LAYERS, HOOKS = 2048, 16, ("post_attn", "post_block")
 PROMPT, TOKENS = 64, 128
-SPECS = {
-    "plain": None,
-    "plain_again": None,
-    "add": ("add",),
-    "row_monitor": ("add", "row_monitor"),
-    "clamp": ("add", "clamp"),
-}
+OPS = {"add": ("add",), "row_monitor": ("add", "row_monitor"), "clamp": ("add", "clamp")}
+CAPTURED = {"capture_one": (LAYERS // 2,), "capture_all": tuple(range(LAYERS))}
+"""Layers whose `post_block` an engine captures."""
+ENGINES = ("plain", "plain_again", *OPS, *CAPTURED)
+TOKENS_CAPTURED = {"last": {"last_prompt": True}, "generated": {"generated": True}}
+
+
+def spec_of(engine: str, rows: int) -> SteerSpec | None:
+    """What an engine compiles in."""
+    if engine in OPS:
+        return SteerSpec(steer=HOOKS, rows=rows, ops=OPS[engine], clamps=1)
+    return SteerSpec(capture=(HookSelection("post_block", CAPTURED[engine]),)) if engine in CAPTURED else None
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the requests of an engine ask for: nothing, all the same, or each its own."""
+    """What the requests of an engine ask for: nothing, all the same, each its own, or rows of some tokens."""
 
     engine: str
     asks: str = "nothing"
@@ -52,7 +57,7 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        return self.engine if SPECS[self.engine] is None else f"{self.engine}_{self.asks}"
+        return f"{self.engine}_{self.asks}" if self.engine in OPS or self.engine in CAPTURED else self.engine
 
 
 SCENARIOS = (
@@ -63,6 +68,9 @@ SCENARIOS = (
     Scenario("add", "own", "<= 1 %"),
     Scenario("row_monitor", "one", "<= 1.5 %"),
     Scenario("clamp", "one", "<= 2 %"),
+    Scenario("capture_one", "last", "<= 1 %"),
+    Scenario("capture_all", "last", "<= 3 %"),
+    Scenario("capture_all", "generated"),
 )
 
 
@@ -80,6 +88,8 @@ def steering(scenario: Scenario, request: int) -> dict[str, Any] | None:
     """What one request asks for."""
     if scenario.asks == "nothing":
         return None
+    if scenario.asks in TOKENS_CAPTURED:
+        return {"capture": {"tokens": TOKENS_CAPTURED[scenario.asks]}}
     asked: dict[str, Any] = {"base": vectors(request if scenario.asks == "own" else 0)}
     sites = [f"layers.{n}.post_block" for n in range(LAYERS)]
     probe = np.random.default_rng(1).standard_normal(WIDTH).tolist()
@@ -124,9 +134,9 @@ class Engine:
     def __init__(self, name: str, model: Path, requests: int, rows: int) -> None:
         from vllm import LLM
 
-        ops = SPECS[name]
-        spec = None if ops is None else SteerSpec(steer=HOOKS, rows=rows, ops=ops, clamps=1)
-        steered = {} if spec is None else engine_args(spec)
+        spec = spec_of(name, rows)
+        kept = {"capture_dir": tempfile.mkdtemp()} if name in CAPTURED else {}
+        steered = {} if spec is None else engine_args(spec, **kept)
         start = time.perf_counter()
         self.llm = LLM(
             model=str(model), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, seed=0,
@@ -278,7 +288,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--engines", nargs="*", default=list(SPECS))
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES))
     options, where = records.begin(parser)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm

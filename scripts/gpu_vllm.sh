@@ -27,6 +27,7 @@ run_tests() {
     VLLM_USE_V2_MODEL_RUNNER=1 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite runner_v2 $both &
     VLLM_USE_V2_MODEL_RUNNER=0 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite runner_v1 $both &
     TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite pieces tests/vllm/test_pieces.py tests/vllm/test_checkpoints.py &
+    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite captures tests/vllm/test_captures.py &
     wait
 }
 
