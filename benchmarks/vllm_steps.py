@@ -305,6 +305,7 @@ def main() -> None:
         tokens[scenario.name] = engines[scenario.engine].drain()
     same = {name: sum(a == b for a, b in zip(tokens["plain"], t, strict=True)) for name, t in tokens.items()}
     print("requests with the plain engine's tokens, of", options.requests, json.dumps(same), flush=True)
+    where["copy_tb_s"] = round(copy_bandwidth(), 3)
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for number in range(options.rounds + 1):
         if number == 1:  # the first round warms up
@@ -317,13 +318,10 @@ def main() -> None:
             found.setdefault((name, "generate"), []).append(throughput(engine, scenario, options.requests))
             found.setdefault((name, "prefill_8192"), []).append(prefill(engine, scenario, 8192 // PROMPT))
         print("round", number, flush=True)
-    rows = table(found)
-    where["copy_tb_s"] = round(copy_bandwidth(), 3)
-    for row in rows:
+        rows = [{**row, **where, "same_tokens": same[row["scenario"]]} for row in table(found)]
+        records.write_csv(rows, options.out / "vllm_steps.csv")  # each round, as a run may be cut short
+    for row in table(found):
         print(*row.values(), flush=True)
-    records.write_csv(
-        [{**row, **where, "same_tokens": same[row["scenario"]]} for row in rows], options.out / "vllm_steps.csv"
-    )
 
 
 if __name__ == "__main__":

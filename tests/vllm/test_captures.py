@@ -88,7 +88,9 @@ def check(found: Captured, judge: Any, output: Any, positions: list[int], **more
     assert found.token_ids.tolist() == [ids[i] for i in positions]
     for name, values in found.values.items():
         if name.endswith("post_block"):
-            torch.testing.assert_close(values, expected[name][positions], atol=2e-4, rtol=2e-4)
+            torch.testing.assert_close(
+                values, expected[name][positions], atol=engines.TOLERANCE, rtol=engines.TOLERANCE
+            )
 
 
 def test_rows_of_a_mixed_batch(llm: Any, judge: Any) -> None:
