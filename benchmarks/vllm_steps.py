@@ -30,6 +30,7 @@ from benchmarks import records
 from benchmarks.timing import copy_bandwidth, kernels
 from steer_compile import HookSelection, SteerSpec
 from steer_compile.vllm import engine_args
+from steer_compile.vllm.adapters.runners import live_of
 
 WIDTH, LAYERS, HOOKS = 2048, 16, ("post_attn", "post_block")
 PROMPT, TOKENS = 64, 128
@@ -185,6 +186,14 @@ class Engine:
         self._live.clear()
         while self.core.scheduler.has_requests():
             self.engine.step()
+        self.engine.step()  # tells the runner of the last ones
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait for files of captured rows, which a thread writes, so that no other measurement has them."""
+        live = live_of(self.runner)
+        while live is not None and live.writer is not None and live.writer.waiting:
+            time.sleep(0.01)
 
     def until_decoding(self, requests: int) -> float:
         """Run the prefill steps; seconds."""
@@ -231,6 +240,7 @@ def prefill(engine: Engine, scenario: Scenario, requests: int) -> dict[str, floa
     engine.add(scenario, requests, 2)
     found = kernels(engine.engine.step, 1)
     engine.drain()
+    engine.flush()
     return {"kernel_us": found.microseconds, "kernels": found.count}
 
 
@@ -239,7 +249,9 @@ def throughput(engine: Engine, scenario: Scenario, requests: int) -> dict[str, f
     start = time.perf_counter()
     engine.add(scenario, requests, TOKENS)
     engine.drain()
-    return {"tokens_s": requests * TOKENS / (time.perf_counter() - start)}
+    spent = time.perf_counter() - start
+    engine.flush()
+    return {"tokens_s": requests * TOKENS / spent}
 
 
 def model_folder() -> Path:

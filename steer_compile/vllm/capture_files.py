@@ -60,6 +60,11 @@ class Writer:
         self._thread.start()
         atexit.register(self.close)
 
+    @property
+    def waiting(self) -> int:
+        """Requests whose files are not there yet."""
+        return self._queue.unfinished_tasks
+
     def put(self, kept: Kept) -> None:
         """Hand a finished request over."""
         self._queue.put(kept)
@@ -77,6 +82,7 @@ class Writer:
                 _note(self._folder, kept, error)
             finally:
                 self._room.let_go(kept)
+                self._queue.task_done()
 
 
 def _write(folder: str, kept: Kept) -> None:

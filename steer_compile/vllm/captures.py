@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +44,8 @@ class CaptureRequest:
 
 @dataclass
 class Chunk:
-    """Rows of one step on the CPU, once ``ready`` has passed: positions and token ids of all, and of each site the
-    values of those that asked for it. It is in memory until the last of its ``holders`` has let it go."""
+    """Rows of one step on the CPU, once ``ready`` has passed, of requests that asked for the same sites: positions,
+    token ids, and the values of each site. It is in memory until the last of its ``holders`` has let it go."""
 
     positions: Tensor
     token_ids: Tensor
@@ -59,13 +59,11 @@ class Chunk:
             self.ready.synchronize()
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where the rows of a request are in a chunk: in its positions and ids, and in the values of each site."""
+class Part(NamedTuple):
+    """Where the rows of a request are in a chunk."""
 
     chunk: Chunk
     rows: slice
-    values: dict[SiteKey, slice]
 
 
 @dataclass
@@ -79,6 +77,9 @@ class Kept:
     dropped: int = 0
 
 
+Planned: TypeAlias = tuple[Kept, npt.NDArray[np.int64]]
+
+
 class Room:
     """Bytes of captured rows in memory, those on their way to a file included."""
 
@@ -87,12 +88,14 @@ class Room:
         self._used = 0
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> bool:
-        """Whether there is room for so many bytes more, which are then taken."""
+    def take(self, sizes: Sequence[int]) -> list[bool]:
+        """Whether there is room for each of so many bytes more, which are then taken."""
+        found = []
         with self._lock:
-            fits = self._used + size <= self._most
-            self._used += size if fits else 0
-            return fits
+            for size in sizes:
+                found.append(self._used + size <= self._most)
+                self._used += size if found[-1] else 0
+        return found
 
     def let_go(self, kept: Kept) -> None:
         """A request needs its rows no more; a chunk that nobody needs gives its bytes back."""
@@ -109,38 +112,51 @@ class Room:
 
 
 class Captures:
-    """Rows by request. `plan` says before a forward which of its tokens are kept, `collect` copies them after it."""
+    """Rows by request. `plan` says before a forward which of its tokens are kept, `collect` copies them after it.
+
+    A request is *open* while rows of it may still come: one that wants prompt tokens alone costs nothing in decoding.
+    """
 
     def __init__(self, tables: TableSet, room: Room) -> None:
         self._banks = {bank.sites[0]: t[0] for bank, t in zip(tables.banks, tables.tensors, strict=True) if _is(bank)}
         self._room = room
         self._live: dict[str, Kept] = {}
-        self._planned: list[tuple[Kept, npt.NDArray[np.int64]]] = []
+        self._open: dict[str, Kept] = {}
+        self._planned: dict[tuple[SiteKey, ...], list[Planned]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._live)
+    @property
+    def expecting(self) -> bool:
+        """Whether any request is open."""
+        return bool(self._open)
 
     def begin(self, request: str, asked: CaptureRequest) -> None:
         """A request begins or goes on; what it has so far stays, as after a preemption."""
-        if request not in self._live:
-            self._live[request] = Kept(request, asked)
+        kept = self._live.setdefault(request, Kept(request, asked))
+        self._open[request] = kept
 
     def finish(self, requests: Iterable[str]) -> list[Kept]:
         """What the finished ones among requests have."""
-        return [self._live.pop(request) for request in requests if request in self._live]
+        ended = [request for request in requests if request in self._live]
+        for request in ended:
+            self._open.pop(request, None)
+        return [self._live.pop(request) for request in ended]
 
     def plan(self, requests: Sequence[str], starts: Numbers, counts: Numbers, prompts: Numbers) -> None:
         """Choose tokens of the step that comes; arguments as in `RequestRows.step`."""
-        self._planned = []
-        firsts = np.cumsum(counts) - counts
-        for i, request in enumerate(requests):
-            kept = self._live.get(request)
-            if kept is None:
-                continue
-            kept.prompt = int(prompts[i])
-            chosen = np.flatnonzero(kept.asked.tokens.mask(int(starts[i]), int(counts[i]), kept.prompt))
-            if chosen.size:
-                self._planned.append((kept, chosen + int(firsts[i])))
+        self._planned = {}
+        first = 0
+        for request, start, count, prompt in zip(
+            requests, starts.tolist(), counts.tolist(), prompts.tolist(), strict=True
+        ):
+            kept = self._open.get(request)
+            if kept is not None and count:
+                kept.prompt = prompt
+                rows = _chosen(kept.asked.tokens, start, count, prompt)
+                if len(rows):
+                    self._planned.setdefault(kept.asked.sites, []).append((kept, rows + first))
+                if start + count >= prompt and not kept.asked.tokens.generated:
+                    del self._open[request]
+            first += count
 
     def collect(self, token_ids: Tensor, positions: Tensor) -> None:
         """Copy the chosen tokens' rows, behind the forward on its stream.
@@ -148,52 +164,54 @@ class Captures:
         Args:
             token_ids, positions: of the step's tokens (T,) on the device.
         """
-        planned, self._planned = self._planned, []
-        taken = [(kept, rows) for kept, rows in planned if self._fits(kept, rows.size)]
-        if not taken:
-            return
-        device = token_ids.device
-        index = _to(np.concatenate([rows for _, rows in taken]), device)
-        values, places = self._values(taken, device)
-        ids, positions = (_to_host(t.index_select(0, index)) for t in (token_ids, positions))
-        ready = None
-        if token_ids.is_cuda:
+        planned, self._planned = self._planned, {}
+        chunks = [self._chunk(sites, each, token_ids, positions) for sites, each in planned.items()]
+        if token_ids.is_cuda and any(chunks):
             ready = torch.cuda.Event()
             ready.record()
-        size = sum(self._size(kept, rows.size) for kept, rows in taken)
-        chunk, at = Chunk(positions, ids, values, ready, size, len(taken)), 0
-        for (kept, rows), where in zip(taken, places, strict=True):
-            kept.parts.append(Part(chunk, slice(at, at + rows.size), where))
-            at += rows.size
+            for chunk in chunks:
+                if chunk is not None:
+                    chunk.ready = ready
 
-    def _values(
-        self, taken: Sequence[tuple[Kept, npt.NDArray[np.int64]]], device: torch.device
-    ) -> tuple[dict[SiteKey, Tensor], list[dict[SiteKey, slice]]]:
-        """Copies of each site's rows, one copy for all that asked for it, and where those of each request are."""
-        by_site: dict[SiteKey, list[int]] = {}
-        for i, (kept, _) in enumerate(taken):
-            for site in kept.asked.sites:
-                by_site.setdefault(site, []).append(i)
-        indices: dict[tuple[int, ...], Tensor] = {}
-        values, places = {}, [dict[SiteKey, slice]() for _ in taken]
-        for site, wanted in by_site.items():
-            key, at = tuple(wanted), 0
-            if key not in indices:
-                indices[key] = _to(np.concatenate([taken[i][1] for i in wanted]), device)
-            values[site] = _to_host(self._banks[site].index_select(0, indices[key]))
-            for i in wanted:
-                places[i][site] = slice(at, at + taken[i][1].size)
-                at += taken[i][1].size
-        return values, places
+    def _chunk(
+        self, sites: tuple[SiteKey, ...], planned: Sequence[Planned], token_ids: Tensor, positions: Tensor
+    ) -> Chunk | None:
+        """The rows of requests that asked for the same sites, None where there is no room for any."""
+        row = sum(self._banks[s].size(1) * self._banks[s].element_size() for s in sites)
+        fits = self._room.take([row * len(rows) for _, rows in planned])
+        for (kept, rows), there in zip(planned, fits, strict=True):
+            kept.dropped += 0 if there else len(rows)
+        taken = [each for each, there in zip(planned, fits, strict=True) if there]
+        if not taken:
+            return None
+        index = _to(np.concatenate([rows for _, rows in taken]), token_ids.device)
+        places, ids = (_to_host(t.index_select(0, index)) for t in (positions, token_ids))
+        chunk = Chunk(places, ids, self._values(sites, index), None, row * index.numel(), len(taken))
+        at = 0
+        for kept, rows in taken:
+            kept.parts.append(Part(chunk, slice(at, at + len(rows))))
+            at += len(rows)
+        return chunk
 
-    def _size(self, kept: Kept, rows: int) -> int:
-        return rows * sum(self._banks[s].size(1) * self._banks[s].element_size() for s in kept.asked.sites)
+    def _values(self, sites: tuple[SiteKey, ...], index: Tensor) -> dict[SiteKey, Tensor]:
+        """Some rows of each site on the CPU; sites of one width and dtype cross in one copy."""
+        alike: dict[tuple[int, torch.dtype], list[SiteKey]] = {}
+        for site in sites:
+            alike.setdefault((self._banks[site].size(1), self._banks[site].dtype), []).append(site)
+        found: dict[SiteKey, Tensor] = {}
+        for (width, dtype), group in alike.items():
+            block = torch.empty((len(group), index.numel(), width), dtype=dtype, device=index.device)
+            for i, site in enumerate(group):
+                torch.index_select(self._banks[site], 0, index, out=block[i])
+            found |= dict(zip(group, _to_host(block), strict=True))
+        return found
 
-    def _fits(self, kept: Kept, rows: int) -> bool:
-        if self._room.take(self._size(kept, rows)):
-            return True
-        kept.dropped += rows
-        return False
+
+def _chosen(tokens: TokenSelection, start: int, count: int, prompt: int) -> npt.NDArray[np.int64]:
+    """Which of a step's tokens of a request are kept, by their place among them."""
+    if start >= prompt:
+        return np.arange(count if tokens.generated else 0)
+    return np.flatnonzero(tokens.mask(start, count, prompt))
 
 
 def _is(bank: Any) -> bool:
@@ -217,15 +235,17 @@ def joined(kept: Kept) -> Mapping[str, Tensor]:
     for part in kept.parts:
         part.chunk.wait()
     places = _cat([part.chunk.positions[part.rows] for part in kept.parts], torch.int64)
-    latest = {int(place): i for i, place in enumerate(places.tolist())}
-    order = torch.tensor([latest[place] for place in sorted(latest)], dtype=torch.int64)
+    _, last = np.unique(places.numpy()[::-1], return_index=True)
+    order = torch.from_numpy(places.numel() - 1 - last)
     ids = _cat([part.chunk.token_ids[part.rows] for part in kept.parts], torch.int64)
     found = {"positions": places[order], "token_ids": ids[order]}
+    whole = torch.equal(order, torch.arange(places.numel()))
     for site in kept.asked.sites:
-        rows = [part.chunk.values[site][part.values[site]] for part in kept.parts]
-        found[f"layers.{site[1]}.{site[0]}"] = torch.cat(rows)[order] if rows else torch.zeros(0)
+        rows = _cat([part.chunk.values[site][part.rows] for part in kept.parts], None)
+        found[f"layers.{site[1]}.{site[0]}"] = rows if whole or not kept.parts else rows[order]
     return found
 
 
-def _cat(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat(parts).to(dtype) if parts else torch.zeros(0, dtype=dtype)
+def _cat(parts: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+    joint = torch.cat(parts) if parts else torch.zeros(0)
+    return joint if dtype is None else joint.to(dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging import version
 
 from tests import _tree
 from tests.vllm import engines
@@ -61,9 +62,11 @@ def test_each_layer_gets_its_own_vector_from_shared_pieces_cold_and_warm(models:
     hold_against_hooks(model, cold)
     assert cold["compiled"] == plain["compiled"] < engines.LAYERS + 1  # equal layers share a piece, as without a spec
     assert (cold["loaded"], cold["splices"]) == (0, [2 * engines.LAYERS])
-    assert (warm["loaded"], warm["splices"], warm["compiled"]) == (1, [], 0)
+    again = run(model, tmp_path)
+    assert warm["loaded"] == again["loaded"]  # as the engine without a spec, which has kept its own
+    assert (warm["splices"], warm["compiled"]) == ([] if warm["loaded"] else cold["splices"], 0)
+    assert warm["loaded"] or version.parse(torch.__version__) < version.parse("2.12")  # pieces alone are stored there
     assert (other["loaded"], other["splices"]) == (0, [engines.LAYERS])  # another spec is another artifact
-    assert run(model, tmp_path)["loaded"] == 1  # and the engine without a spec has kept its own
 
 
 def test_each_layer_gets_its_own_vector_where_inductor_cuts_the_graph(models: Path, tmp_path: Path) -> None:

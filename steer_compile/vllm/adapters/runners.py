@@ -34,7 +34,7 @@ class Live:
         """Rows become free at every step, also at one without tokens, which tells an idle engine what has finished."""
         self.rows.drop(scheduled.finished_req_ids)
         self.rows.drop(scheduled.preempted_req_ids or ())
-        if self.captures and self.writer is not None:
+        if self.captures is not None and self.writer is not None:
             for kept in self.captures.finish(scheduled.finished_req_ids):
                 self.writer.put(kept)
 
@@ -50,7 +50,7 @@ class Live:
     def step(self, requests: list[str], spans: tuple[Numbers, Numbers, Numbers], tokens: tuple[Tensor, Tensor]) -> None:
         """A forward follows. ``spans``: starts, counts and prompts, as in `RequestRows.step`."""
         self.rows.step(requests, *spans)
-        if self.captures:
+        if self.captures is not None and self.captures.expecting:
             self.captures.plan(requests, *spans)
             self.tokens = tokens
 
