@@ -10,7 +10,7 @@ import torch
 from steer_compile.errors import LoweringError, SiteNotFound
 from steer_compile.hooks import is_stream_hook
 from steer_compile.ir import Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
-from steer_compile.spec import RESERVED_ROWS, HookSelection, SteerSpec
+from steer_compile.spec import HookSelection, SteerSpec
 
 Wanted: TypeAlias = tuple[tuple[str, ...], Site]
 BankKey: TypeAlias = tuple[str, int, torch.dtype, int]
@@ -136,7 +136,7 @@ def _order(edit: Edit) -> tuple[int, int, int]:
 
 def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKey]:
     """The banks that hold the data of ``ops`` at a site."""
-    width, rows, table = site.width, RESERVED_ROWS + spec.rows, spec.table_dtype(site.dtype)
+    width, rows, table = site.width, spec.all_rows, spec.table_dtype(site.dtype)
     keys: dict[str, list[BankKey]] = {
         "capture": [("capture", width, site.dtype, spec.max_tokens)],
         "add": [("table", width, table, rows)],

@@ -22,6 +22,8 @@ LOWERINGS = ("auto", "compiler", "template")
 PLACEMENTS = ("before_norm", "after_norm")
 RESERVED_ROWS = 3
 """Row 0 is zeros, row 1 the global prefill tier, row 2 the global decode tier."""
+SEQUENCES = 256
+"""Requests with gates of their own memory, where the spec does not say how many."""
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)(?::(\d+))?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,9 +76,15 @@ def _one_of(name: str, value: object, known: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _capacity(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SpecError(f"{name}={value!r} is no capacity; give a whole number of at least 1")
+def _capacity(name: str, value: object, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SpecError(f"{name}={value!r} is no capacity; give a whole number of at least {least}")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SpecError(f"{name}={value!r} is neither true nor false; give one of them")
     return value
 
 
@@ -126,6 +134,9 @@ class SpecOptions(TypedDict, total=False):
     ops: str | Iterable[str]
     clamps: int
     lowering: str
+    overrides: int
+    sequences: int
+    cross_layer: bool
 
 
 @dataclass(frozen=True, init=False)
@@ -146,6 +157,9 @@ class SteerSpec:
         clamps: clamp directions of each row at a site.
         lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel a site.
             ``auto``: the one that costs less, site by site (`Edit.why` says which and why).
+        overrides: rows of a pool apart from ``rows``, to which controllers route requests while they decode.
+        sequences: requests that are told apart by gates with a memory (`Monitor`, kind ``step``).
+        cross_layer: gates of a monitor hold at its site and at all sites behind it in the same call.
 
     Raises:
         SpecError: an unknown hook, layer selection, dtype, placement, op family or lowering, or a capacity below one.
@@ -161,6 +175,9 @@ class SteerSpec:
     ops: tuple[str, ...]
     clamps: int
     lowering: str
+    overrides: int
+    sequences: int
+    cross_layer: bool
 
     def __init__(
         self,
@@ -191,6 +208,9 @@ class SteerSpec:
             "placement": _one_of("placement", options.get("placement", "before_norm"), PLACEMENTS),
             "clamps": _capacity("clamps", options.get("clamps", 4)),
             "lowering": _one_of("lowering", options.get("lowering", "auto"), LOWERINGS),
+            "overrides": _capacity("overrides", options.get("overrides", 0), 0),
+            "sequences": _capacity("sequences", options.get("sequences", SEQUENCES)),
+            "cross_layer": _flag("cross_layer", options.get("cross_layer", False)),
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
@@ -216,6 +236,11 @@ class SteerSpec:
             return HookSelection(item["hook"], item.get("layers", self.layers), item.get("ops", self.ops))
         raise SpecError(f"{item!r} is no hook selection; give a hook name or HookSelection(hook, layers)")
 
+    @property
+    def all_rows(self) -> int:
+        """Rows of the tables: reserved ones, those of configurations, and those of overrides."""
+        return RESERVED_ROWS + self.rows + self.overrides
+
     def table_dtype(self, stream: torch.dtype) -> torch.dtype:
         """Dtype of the vector table beside a stream of dtype ``stream``."""
         return _DTYPES[self.dtype] if self.dtype is not None else stream
@@ -237,9 +262,8 @@ class SteerSpec:
             "clamps": self.clamps,
             "lowering": self.lowering,
         }
-        if self.dtype is not None:
-            data["dtype"] = self.dtype
-        return data
+        rarer = {"dtype": None, "overrides": 0, "sequences": SEQUENCES, "cross_layer": False}
+        return data | {key: vars(self)[key] for key, default in rarer.items() if vars(self)[key] != default}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SteerSpec:

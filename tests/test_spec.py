@@ -38,6 +38,9 @@ def specs(draw: st.DrawFn) -> SteerSpec:
         ops=draw(FAMILIES),
         clamps=draw(st.integers(1, 64)),
         lowering=draw(st.sampled_from(LOWERINGS)),
+        overrides=draw(st.integers(0, 64)),
+        sequences=draw(st.integers(1, 10**4)),
+        cross_layer=draw(st.booleans()),
     )
 
 

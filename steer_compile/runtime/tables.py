@@ -12,7 +12,7 @@ import torch
 from steer_compile.errors import SiteNotFound, VectorError
 from steer_compile.ir import DECODE, GAIN, NO_THRESHOLD, ROWS, SCALE, Bank, bank_name
 from steer_compile.runtime.vectors import SiteKey
-from steer_compile.spec import RESERVED_ROWS, SteerSpec
+from steer_compile.spec import SteerSpec
 
 _NEUTRAL = {
     "probe_set": (0.0, 1.0, 0.0, 0.0),
@@ -55,7 +55,7 @@ class TableSet:
                 self.rows = torch.zeros(self.spec.max_tokens, dtype=torch.int32, device=device)
                 most = self.spec.max_tokens
                 self.gain, self.decode = (torch.zeros(most, dtype=torch.float32, device=device) for _ in range(2))
-                self.scale = torch.ones(RESERVED_ROWS + self.spec.rows, dtype=torch.float32, device=device)
+                self.scale = torch.ones(self.spec.all_rows, dtype=torch.float32, device=device)
             for bank in banks[len(self.tensors) :]:
                 line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
                 self.tensors.append(_room(bank, device).copy_(line))
