@@ -5,6 +5,7 @@
     b       = round(norm(branch)) * scale    post-norm or multiplier of the branch          (where the graph has them)
     v       = round(stream + b)              the model's own residual add                   (where the graph has it)
     capture = v                              the pristine value
+    score   = v . probe, v . probe[r]        scores of the site's and of the row's monitor
     s       = steer(v)                       kernels/steer_rows.py: gates, rows, tier, clamps; one rounding
     normed  = norm(s)                        RMSNorm or LayerNorm of the written value      (where the graph has it)
 
@@ -30,9 +31,10 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from steer_compile.errors import LoweringError
-from steer_compile.kernels.site_kernels import BIAS, EXACT, FEW, NORMS, WEIGHT, site_row, site_wide
+from steer_compile.kernels.site_kernels import BIAS, EXACT, FEW, NORMS, WEIGHT, site_row
 from steer_compile.kernels.site_launch import FEW_TOKENS, MAX_CLAMPS, MAX_ROW, launch_options
-from steer_compile.kernels.steer_rows import SteerArgs, steer_rows
+from steer_compile.kernels.site_wide import site_wide
+from steer_compile.kernels.steer_rows import SteerArgs, score_rows, steer_rows
 
 
 class Argument(NamedTuple):
@@ -58,11 +60,13 @@ ARGUMENTS = (
     Argument("gain", "T", "float32"),
     Argument("decode", "T", "float32"),
     Argument("probe", "1 H", "float32"),
-    Argument("probe_set", "1 4", "float32"),
+    Argument("probe_set", "1 8", "float32"),
     Argument("rowprobe", "R H", "float32"),
-    Argument("rowprobe_set", "R 2", "float32"),
+    Argument("rowprobe_set", "R 8", "float32"),
     Argument("clamp", "RK H", "table"),
     Argument("clamp_set", "RK 3", "float32"),
+    Argument("gates", "T 4", "float32"),
+    Argument("score", "1 T 2", "float32", written=True),
     Argument("weight", "H", "any"),
     Argument("bias", "H", "any"),
 )
@@ -75,7 +79,10 @@ OPTIONS = (
 """What follows the tensors: clamps of a row; kind (see `ir.Norm`, "" for none), eps and weight offset of the norm and
 of the branch's own norm; multiplier of the branch; whether the sum and the norm's input are left unrounded."""
 
-_STAGES = {"branch": 1, "capture": 2, "table": 4, "tier": 8, "probe": 16, "rowprobe": 32, "clamp": 64}
+_STAGES = {
+    "branch": 1, "capture": 2, "table": 4, "tier": 8, "probe": 16, "rowprobe": 32, "clamp": 64, "score": 512,
+    "gates": 1024,
+}  # fmt: skip
 
 
 def signature() -> inspect.Signature:
@@ -106,6 +113,8 @@ class SiteArgs(NamedTuple):
     rowprobe_set: Tensor | None = None
     clamp: Tensor | None = None
     clamp_set: Tensor | None = None
+    gates: Tensor | None = None
+    score: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     clamps: int = 0
@@ -163,6 +172,8 @@ def reference(a: SiteArgs) -> tuple[Tensor, Tensor]:
         v = a.stream.to(wide) + b.to(wide) if a.exact else a.stream + b
     if a.capture is not None:
         a.capture.flatten(0, -2)[: v.size(0)].copy_(v)
+    if a.score is not None:
+        a.score.flatten(0, -2)[: v.size(0)].copy_(score_rows(v, a.steering(), v.dtype))
     steered = steer_rows(v, a.steering(), v.dtype, a.clamps)
     written = steered.to(dtype)
     written = written.clone() if written is a.stream else written  # an op's result is no input of it
@@ -196,7 +207,7 @@ def launch(a: SiteArgs, wrap: Any = lambda kernel: kernel) -> tuple[Tensor, Tens
     out = torch.empty_like(stream)
     normed = torch.empty_like(stream) if a.norm else stream.new_empty(0)
     tensors: tuple[Any, ...] = a[1 : len(ARGUMENTS)]
-    given = [stream if t is None else t if t is a.capture else aligned(t) for t in tensors]
+    given = [stream if t is None else t if t is a.capture or t is a.score else aligned(t) for t in tensors]
     if isinstance(tokens, int) and not tokens:
         return out, normed
     few = isinstance(tokens, int) and tokens <= FEW_TOKENS
@@ -242,5 +253,5 @@ def _site(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 _site.__signature__ = signature()  # type: ignore[attr-defined]
-site = triton_op("steer_compile::site", _site, mutates_args={"capture"})
+site = triton_op("steer_compile::site", _site, mutates_args={"capture", "score"})
 """The op that enters graphs; arguments as in `SiteArgs`."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from steer_compile.ir import Bank, Edit, Fusion, Norm, Plan
 from steer_compile.kernels.site import ARGUMENTS, SiteArgs, check, launch
-from steer_compile.kernels.site_kernels import site_row, site_wide
+from steer_compile.kernels.site_kernels import site_row
 from steer_compile.kernels.site_launch import FEW_TOKENS
+from steer_compile.kernels.site_wide import site_wide
 
 TOKEN_COUNTS = (1, FEW_TOKENS + 1)
 """A count for each form of the kernels: for few tokens, and for many."""
@@ -59,7 +60,7 @@ def site_args(edit: Edit, plan: Plan, weights: Mapping[str, torch.dtype], tokens
     """Arguments of one site's call with ``tokens`` tokens, on the ``meta`` device; see `variants`."""
     site, fusion = edit.site, edit.fusion
     banks = {slot.kind: plan.banks[slot.bank] for slot in edit.slots}
-    needed = {name for kind in banks for name in _NEEDS.get(kind, ())}
+    needed = {name for kind in banks for name in _NEEDS.get(kind, ())} | ({"gates"} if edit.gated else set())
     named = {argument: weights[node] for argument, node in _weight_nodes(fusion).items()}
     sizes = _sizes(banks, tokens, site.width)
     given: dict[str, Any] = {}

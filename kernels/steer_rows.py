@@ -2,13 +2,11 @@
 
 For token t with row r, all on the pristine value h::
 
-    g     = sigmoid(sharpness * (h . probe - threshold))            monitor of the site; 1 while it is not active
-    q     = sigmoid(sharpness[r] * (h . probe[r] - threshold[r]))   monitor of the row; 1 for a row without one
-    gain' = gain[t] * g
-    gate  = (gate_rows ? d*g + 1-d : 1) * (d*q + 1-d)               d = 1 for decoded tokens, 0 in prefill
-    x     = h + T[r] * scale[r] * gate + V * gain'
-    p_k   = x . v[r, k]
-    h'    = round(x + sum_k strength[r, k] * (clip(p_k, low, high) - p_k) * v[r, k])
+    s, s_r  = h . probe, h . probe[r]        scores of the site's and of the row's monitor
+    f       = factors of tier, rows and clamps: those of sites in front, times what s and s_r open (kernels/gates.py)
+    x       = h + T[r] * scale[r] * f.rows + V * gain[t] * f.tier
+    p_k     = x . v[r, k]
+    h'      = round(x + sum_k strength[r, k] * f.clamps * (clip(p_k, low, high) - p_k) * v[r, k])
 
 Arithmetic is in fp32 (fp64 where the stream is fp64) with one rounding to the stream dtype at the end. A term whose
 tensors are None is left out. The functions here are the reference, and the lowering by plain operators, which Inductor
@@ -21,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from steer_compile.kernels.gates import Factors, guarded, opened
 
 
 class SteerArgs(NamedTuple):
@@ -44,15 +44,17 @@ class SteerArgs(NamedTuple):
     probe: Tensor | None = None
     """Direction of the site's monitor (1, H), fp32."""
     probe_set: Tensor | None = None
-    """Threshold, sharpness, whether rows are gated, whether it is active (1, 4), fp32."""
+    """Settings of the site's monitor (1, 8), fp32; see `gates.SETTINGS`."""
     rowprobe: Tensor | None = None
     """Direction of each row's monitor (R, H), fp32."""
     rowprobe_set: Tensor | None = None
-    """Threshold and sharpness of each row's monitor (R, 2), fp32."""
+    """Settings of each row's monitor (R, 8), fp32."""
     clamp: Tensor | None = None
     """Unit directions (R * K, H)."""
     clamp_set: Tensor | None = None
     """Lower bound, upper bound and strength of each direction (R * K, 3), fp32."""
+    gates: Tensor | None = None
+    """Factors of each token (..., 4) from sites in front, fp32; see `gates.FACTORS`."""
 
 
 def steer_rows(h: Tensor, args: SteerArgs, dtype: torch.dtype, clamps: int = 0) -> Tensor:
@@ -76,42 +78,57 @@ def steer_rows_fp64(h: Tensor, args: SteerArgs, clamps: int = 0) -> Tensor:
     return _steered(h.double(), SteerArgs(*given), torch.float64, clamps)
 
 
+def scores(h: Tensor, args: SteerArgs, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Scores of each token by the site's and by its row's probe (...), None where there is none."""
+    site = None if args.probe is None else (h.to(wide) * args.probe[0]).sum(-1)
+    row = None if args.rowprobe is None else (h.to(wide) * args.rowprobe[args.rows]).sum(-1)
+    return site, row
+
+
+def score_rows(h: Tensor, args: SteerArgs, dtype: torch.dtype) -> Tensor:
+    """Both scores of each token (..., 2), 0 where there is no probe; a stream value (..., H) of dtype ``dtype``."""
+    found = scores(h, args, torch.promote_types(dtype, torch.float32))
+    zero = torch.zeros_like(next(s for s in found if s is not None))
+    return torch.stack([zero if s is None else s for s in found], -1)
+
+
+def score_rows_fp64(h: Tensor, args: SteerArgs) -> Tensor:
+    """`score_rows` in fp64."""
+    given = [t.double() if t is not None and t.is_floating_point() else t for t in args]
+    return score_rows(h.double(), SteerArgs(*given), torch.float64)
+
+
 def _steered(h: Tensor, args: SteerArgs, wide: torch.dtype, clamps: int) -> Tensor:
-    gain, gate = _gates(h, args, wide)
+    factors = _factors(h, args, wide)
     x = h
     if args.table is not None and args.scale is not None:
         vector, strength = args.table[args.rows], args.scale[args.rows]
-        strength = strength if gate is None else strength * gate
+        strength = strength if factors.rows is None else strength * factors.rows
         x = x + vector * strength.unsqueeze(-1)  # at least fp32, as the scale is
-    if args.tier is not None and gain is not None:
+    if args.tier is not None and args.gain is not None:
+        gain = args.gain if factors.tier is None else args.gain * factors.tier
         x = x + args.tier[0] * gain.unsqueeze(-1)
-    return x if args.clamp is None else _clamped(x.to(wide), args, wide, clamps)
+    return x if args.clamp is None else _clamped(x.to(wide), args, factors.clamps, clamps)
 
 
-def _gates(h: Tensor, args: SteerArgs, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Gain of the tier and gate of the row for each token, None where nothing changes them."""
-    gain, gate, d = args.gain, None, args.decode
-    if args.probe is not None and args.probe_set is not None and d is not None:
-        threshold, sharpness, gate_rows, active = args.probe_set[0].unbind(0)
-        dot = (h.to(wide) * args.probe[0]).sum(-1)
-        opened = torch.sigmoid(sharpness * (dot - threshold))
-        opened = torch.where(active > 0, opened, torch.ones_like(opened))
-        gain = None if gain is None else gain * opened
-        masked = d * gate_rows
-        gate = masked * opened + (1 - masked)
-    if args.rowprobe is not None and args.rowprobe_set is not None and d is not None:
-        threshold, sharpness = args.rowprobe_set[args.rows].unbind(-1)
-        dot = (h.to(wide) * args.rowprobe[args.rows]).sum(-1)
-        opened = d * torch.sigmoid(sharpness * (dot - threshold)) + (1 - d)
-        gate = opened if gate is None else gate * opened
-    return gain, gate
+def _factors(h: Tensor, args: SteerArgs, wide: torch.dtype) -> Factors:
+    factors, d = Factors.of(args.gates), args.decode
+    site, row = scores(h, args, wide)
+    if site is not None and args.probe_set is not None and d is not None:
+        settings = args.probe_set[0]
+        factors = guarded(factors, opened(site, settings), settings, d, True)
+    if row is not None and args.rowprobe_set is not None and d is not None:
+        settings = args.rowprobe_set[args.rows]
+        factors = guarded(factors, opened(row, settings), settings, d, False)
+    return factors
 
 
-def _clamped(x: Tensor, args: SteerArgs, wide: torch.dtype, clamps: int) -> Tensor:
+def _clamped(x: Tensor, args: SteerArgs, factor: Tensor | None, clamps: int) -> Tensor:
     assert args.clamp is not None
     assert args.clamp_set is not None
-    directions = args.clamp.unflatten(0, (-1, clamps))[args.rows].to(wide)
+    directions = args.clamp.unflatten(0, (-1, clamps))[args.rows].to(x.dtype)
     low, high, strength = args.clamp_set.unflatten(0, (-1, clamps))[args.rows].unbind(-1)
+    strength = strength if factor is None else strength * factor.unsqueeze(-1)
     dot = (directions * x.unsqueeze(-2)).sum(-1)
     pull = torch.where(strength == 0, torch.zeros_like(dot), strength * (torch.clamp(dot, low, high) - dot))
     corrected: Tensor = x + (directions * pull.unsqueeze(-1)).sum(-2)

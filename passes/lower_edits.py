@@ -50,16 +50,31 @@ def lower_edits(plan: Plan, gm: fx.GraphModule, lowering: str) -> Plan:
     Raises:
         LoweringError: ``template`` was asked for at a site that it cannot serve.
     """
+    nodes, flow = {n.name: n for n in gm.graph.nodes}, build_dataflow(gm.graph)
+    plan = _gated(plan, nodes, flow)
     if lowering == "compiler":
         return plan
-    choice = _Choice({n.name: n for n in gm.graph.nodes}, build_dataflow(gm.graph), match_norms(gm.graph), plan)
+    choice = _Choice(nodes, flow, match_norms(gm.graph), plan)
     groups: dict[str, list[Edit]] = {}
+    edits = [replace(edit, why="gates for the sites behind are plain operators") for edit in plan.edits if edit.detects]
     for edit in plan.edits:
-        groups.setdefault(edit.site.node, []).append(edit)
-    edits: list[Edit] = []
+        if not edit.detects:
+            groups.setdefault(edit.site.node, []).append(edit)
     for group in groups.values():
         edits += choice.lower(group, forced=lowering == "template")
-    return replace(plan, edits=tuple(edits))
+    place = {(edit.site, edit.detects): i for i, edit in enumerate(plan.edits)}
+    return replace(plan, edits=tuple(sorted(edits, key=lambda edit: place[edit.site, edit.detects])))
+
+
+def _gated(plan: Plan, nodes: Mapping[str, fx.Node], flow: Dataflow) -> Plan:
+    """Mark the edits that steer behind the first monitor that opens gates for others."""
+    values = {edit: nodes[edit.site.node] for edit in plan.edits}
+    places = {edit: flow.order[flow.writers.get(value, [value])[-1]] for edit, value in values.items()}
+    first = min((places[edit] for edit in plan.edits if edit.detects), default=math.inf)
+    return replace(plan, edits=tuple(
+        replace(edit, gated=True) if not edit.detects and edit.ops != ("capture",) and places[edit] >= first else edit
+        for edit in plan.edits
+    ))  # fmt: skip
 
 
 @dataclass
@@ -108,6 +123,9 @@ class _Choice:
             f"it has {self.plan.clamps} clamps for each row, more than {MAX_CLAMPS}": self.plan.clamps > MAX_CLAMPS
             and any("clamp" in e.ops for e in group),
             "its tokens are time first": site.layout == "time_first",
+            "a monitor for the sites behind it reads its value": any(
+                edit.detects and edit.site.node == site.node for edit in self.plan.edits
+            ),
             "several hooks are at this value": len({e.site.hook for e in group}) > 1 or len(group) > 2,
             "it is written in place": site.node in {n.name for n in self.flow.hazards},
         }

@@ -12,7 +12,10 @@ from steer_compile.hooks import is_stream_hook
 from steer_compile.ir import Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
 from steer_compile.spec import HookSelection, SteerSpec
 
+DETECTING = frozenset(("monitor", "row_monitor", "score", "memory", "mlp"))
 Wanted: TypeAlias = tuple[tuple[str, ...], Site]
+STORED = ("capture", "score", "state")
+"""Kinds of banks that a graph writes."""
 BankKey: TypeAlias = tuple[str, int, torch.dtype, int]
 """Kind, width, dtype and length of a bank."""
 
@@ -68,12 +71,27 @@ def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) 
     wanted: list[Wanted] = []
     for selection in spec.capture:
         wanted += [(("capture",), site) for site in select_sites(selection, table)]
+    detecting: list[Wanted] = []
     for selection in spec.steer:
-        wanted += [(selection.ops, _placed(site, spec)) for site in select_sites(selection, table)]
-    _check_tokens([site for _, site in wanted])
-    banks = _grow(spec, wanted, banks)
+        sites, (detects, steers) = select_sites(selection, table), _split(selection.ops, spec)
+        detecting += [(detects, site) for site in sites if detects]
+        wanted += [(steers, _placed(site, spec)) for site in sites if steers]
+    if detecting and table.partial:
+        raise LoweringError(
+            f"{detecting[0][1].name} has a monitor for the sites behind it, and graph breaks cut this model into "
+            "several graphs; set cross_layer=False, or remove the breaks"
+        )
+    _check_tokens([site for _, site in (*wanted, *detecting)])
+    banks = _grow(spec, (*wanted, *detecting), banks)
     edits = [Edit(site, ops, _slots(ops, site, spec, banks)) for ops, site in wanted]
+    edits += [Edit(site, ops, _slots(ops, site, spec, banks), detects=True) for ops, site in detecting]
     return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens, spec.clamps)
+
+
+def _split(ops: tuple[str, ...], spec: SteerSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The families that detect for the sites behind, and those that steer here."""
+    detects = tuple(op for op in ops if op in DETECTING) if spec.cross_layer else ()
+    return detects, tuple(op for op in ops if op not in detects)
 
 
 def reserve_banks(spec: SteerSpec, sites: Iterable[Site], n_layers: int) -> tuple[Bank, ...]:
@@ -131,7 +149,7 @@ def _order(edit: Edit) -> tuple[int, int, int]:
     """Order at one value: a block's exit before the next block's entry, capture before steering."""
     hook = edit.site.hook
     rank = _RANKS.get(hook, 0) if is_stream_hook(hook) else 4
-    return (edit.site.layer, rank, 0 if "capture" in edit.ops else 1)
+    return (edit.site.layer, rank, 0 if "capture" in edit.ops else 1 if edit.detects else 2)
 
 
 def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKey]:
@@ -141,8 +159,11 @@ def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKe
         "capture": [("capture", width, site.dtype, spec.max_tokens)],
         "add": [("table", width, table, rows)],
         "tier": [("tier", width, torch.float32, 1)],
-        "monitor": [("probe", width, torch.float32, 1), ("probe_set", 4, torch.float32, 1)],
-        "row_monitor": [("rowprobe", width, torch.float32, rows), ("rowprobe_set", 2, torch.float32, rows)],
+        "monitor": [("probe", width, torch.float32, 1), ("probe_set", 8, torch.float32, 1)],
+        "row_monitor": [("rowprobe", width, torch.float32, rows), ("rowprobe_set", 8, torch.float32, rows)],
+        "score": [("score", 2, torch.float32, spec.max_tokens)],
+        "memory": [("state", 2, torch.float32, spec.sequences + 1)],
+        "mlp": [("mlp", width, torch.float32, spec.hidden), ("mlp_set", 2, torch.float32, spec.hidden)],
         "clamp": [("clamp", width, table, rows * spec.clamps), ("clamp_set", 3, torch.float32, rows * spec.clamps)],
     }
     return [key for op in ops for key in keys[op]]
@@ -151,14 +172,14 @@ def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKe
 def _grow(spec: SteerSpec, wanted: Iterable[Wanted], banks: tuple[Bank, ...]) -> tuple[Bank, ...]:
     """Existing banks, and new ones for the sites that have no slot yet.
 
-    Steered sites of one width and dtype share a bank. Each captured site has its own: Inductor would copy a whole bank
-    for each store into a part of it.
+    Steered sites of one width and dtype share a bank. What a graph writes has a bank for each site: Inductor would copy
+    a whole bank for each store into a part of it.
     """
     new: dict[tuple[BankKey, object], list[tuple[str, int]]] = {}
     for ops, site in wanted:
         name = (site.hook, site.layer)
         for key in _bank_keys(ops, site, spec):
-            group = (key, name if key[0] == "capture" else None)
+            group = (key, name if key[0] in STORED else None)
             if _find(banks, key, site) is None and name not in new.get(group, []):
                 new.setdefault(group, []).append(name)
     made = [Bank(kind, width, dtype, tuple(at), length) for ((kind, width, dtype, length), _), at in new.items()]

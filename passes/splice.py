@@ -25,8 +25,10 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from steer_compile import torch_compat
 from steer_compile.errors import LoweringError
-from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Edit, Fusion, Plan, Site, bank_name, slot_name
-from steer_compile.kernels.steer_rows import SteerArgs, steer_rows
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, SLOT, Edit, Fusion, Plan, Site, bank_name, slot_name
+from steer_compile.kernels.detect import DetectArgs, detect
+from steer_compile.kernels.gates import FACTORS
+from steer_compile.kernels.steer_rows import SteerArgs, score_rows, steer_rows
 from steer_compile.kernels.store_rows import store_rows
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
 from steer_compile.passes.norms import norm_of_sum
@@ -98,6 +100,8 @@ class _Splicer:
     views: dict[tuple[str, str, str], fx.Node] = field(default_factory=dict)
     counts: dict[str, fx.Node] = field(default_factory=dict)
     following: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    gates: fx.Node | None = None
+    """Factors of each token (T, 4), behind the monitors so far."""
     sums: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """Unrounded form of sums, and of steered sums, by the node that holds the rounded one."""
 
@@ -114,7 +118,9 @@ class _Splicer:
     def apply(self, edit: Edit) -> None:
         value = self.by_name[edit.site.node]
         with self.graph.inserting_before(self._following(value)):
-            if edit.lowering == "template":
+            if edit.detects:
+                self._detect(edit, value)
+            elif edit.lowering == "template":
                 self._template(edit, value)
             elif "capture" in edit.ops:
                 self._capture(edit, value)
@@ -131,12 +137,32 @@ class _Splicer:
     def _capture(self, edit: Edit, value: fx.Node) -> None:
         h: Any = self._proxy(self.current.get(value, value))
         bank = self._slot(edit, "capture")
-        store_rows(_in_batch_order(edit.site, h), bank, self._proxy(self._count(edit.site, h)))
+        store_rows(_batch_order(edit.site, _flat(edit.site, h)), bank, self._proxy(self._count(edit.site, h)))
+
+    def _detect(self, edit: Edit, value: fx.Node) -> None:
+        """Open gates for the sites behind, of one line for each token in the order of the batch."""
+        site = edit.site
+        h: Any = self._proxy(self.current.get(value, value))
+        given = self._data(edit, h, False)
+        gates = None if self.gates is None else self._proxy(self._line_up(self.gates, site, h, False))
+        args = DetectArgs(**{n: given[n] for n in DetectArgs._fields if n in given}, gates=gates)
+        opened, found = detect(_flat(site, h), args, site.dtype)
+        count = self._proxy(self._count(site, h))
+        if "score" in edit.ops:
+            store_rows(_batch_order(site, found), given["score"], count)
+        self.gates = _batch_order(site, opened).reshape(count, FACTORS).node
+        if self.apart:
+            torch_compat.rename(self.gates, "steer_gates")
 
     def _steer(self, edit: Edit, value: fx.Node) -> None:
         """Steer what each of the site's readers reads; readers that see different values get operations each."""
+        if "score" in edit.ops:
+            h: Any = self._proxy(self.current.get(value, value))
+            found = score_rows(_flat(edit.site, h), self._steer_args(edit, h), edit.site.dtype)
+            count = self._proxy(self._count(edit.site, h))
+            store_rows(_batch_order(edit.site, found), self._slot(edit, "score"), count)
         for source, group in self._sources(edit.site, value).items():
-            h: Any = self._proxy(source)
+            h = self._proxy(source)
             args, clamps, total = self._steer_args(edit, h), self._clamps(edit), self._unrounded(source, group)
             steered: Any
             if total is not None:  # rounded once, behind the edit; the norm reads what is rounded there
@@ -144,7 +170,7 @@ class _Splicer:
                 steered = unrounded.to(edit.site.dtype)
                 self.sums[steered.node] = unrounded.node
             elif edit.site.layout == "streams":
-                steered = steer_rows(h.flatten(-2), args, edit.site.dtype, clamps).view_as(h)
+                steered = steer_rows(_flat(edit.site, h), args, edit.site.dtype, clamps).view_as(h)
             else:
                 steered = steer_rows(h, args, edit.site.dtype, clamps)
             self._redirect(edit.site, value, source, group, steered.node)
@@ -187,7 +213,9 @@ class _Splicer:
         rows = [self._proxy(n).reshape(-1, edit.site.width) for n in operands]
         steering = self._steer_args(edit, stream, flat=True) if edit.ops != ("capture",) else SteerArgs()
         capture = self._buffer(bank_name(edit.slot("capture").bank)) if "capture" in edit.ops else None
-        given: dict[str, Any] = {"capture": capture, **steering._asdict(), **self._norm_args(edit.fusion)}
+        score = self._buffer(bank_name(edit.slot("score").bank)) if "score" in edit.ops else None
+        given: dict[str, Any] = {"capture": capture, "score": score}
+        given |= steering._asdict() | self._norm_args(edit.fusion)
         given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": self._clamps(edit)}
         args = tuple(a.node if isinstance(a, fx.Proxy) else a for a in SiteArgs(**given))
         made = self._proxy(self.graph.call_function(torch.ops.steer_compile.site.default, args))
@@ -222,6 +250,13 @@ class _Splicer:
 
     def _steer_args(self, edit: Edit, h: Any, flat: bool = False) -> SteerArgs:
         """Data of the edit as proxies; per-token data has the leading dimensions of the value, or one if ``flat``."""
+        found = self._data(edit, h, flat)
+        if edit.gated and self.gates is not None:
+            found["gates"] = self._proxy(self._line_up(self.gates, edit.site, h, flat))
+        return SteerArgs(**{name: found[name] for name in SteerArgs._fields if name in found})
+
+    def _data(self, edit: Edit, h: Any, flat: bool) -> dict[str, Any]:
+        """The edit's banks by kind, and what each token reads of the step, as proxies."""
         site, kinds = edit.site, {slot.kind for slot in edit.slots}
         # In the order of the slots: the graph's text, and with it every compile cache's key, must not vary.
         found = {slot.kind: self._slot(edit, slot.kind) for slot in edit.slots if slot.kind != "capture"}
@@ -232,10 +267,12 @@ class _Splicer:
             tokens["gain"] = GAIN
         if kinds & {"probe", "rowprobe"}:
             tokens["decode"] = DECODE
+        if "state" in kinds:
+            tokens["slot"] = SLOT
         found |= {name: self._proxy(self._per_token(buffer, site, h, flat)) for name, buffer in tokens.items()}
         if "table" in kinds:
             found["scale"] = self._buffer(SCALE)
-        return SteerArgs(**found)
+        return found
 
     def _slot(self, edit: Edit, kind: str) -> Any:
         slot = edit.slot(kind)
@@ -273,12 +310,17 @@ class _Splicer:
         key = (buffer, "flat" if flat else site.layout, site.name if self.apart else "")
         if key not in self.views:
             data = self._buffer(buffer).narrow(0, 0, self._proxy(self._count(site, h)))
-            if key[1] in ("batch_first", "streams"):
-                data = data.view(h.size(0), h.size(1))
-            elif key[1] == "time_first":
-                data = data.view(h.size(1), h.size(0)).transpose(0, 1)
-            self.views[key] = data.node
+            self.views[key] = self._line_up(data.node, site, h, flat)
         return self.views[key]
+
+    def _line_up(self, data: fx.Node, site: Site, h: Any, flat: bool) -> fx.Node:
+        """Lines of the tokens (T, ...) in batch order, with the leading dimensions of the value unless ``flat``."""
+        lines: Any = self._proxy(data)
+        if flat or site.layout == "flat":
+            return data
+        if site.layout == "time_first":
+            return lines.unflatten(0, (h.size(1), h.size(0))).transpose(0, 1).node  # type: ignore[no-any-return]
+        return lines.unflatten(0, (h.size(0), h.size(1))).node  # type: ignore[no-any-return]
 
 
 def _check(edit: Edit, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:
@@ -306,8 +348,11 @@ def _operands(fusion: Fusion, value: fx.Node, by_name: Mapping[str, fx.Node]) ->
     return (*(n for n in given if n.name != fusion.operand), by_name[fusion.branch or ""])
 
 
-def _in_batch_order(site: Site, h: Any) -> Any:
-    """The value with its tokens in batch order and one dimension of numbers for each."""
-    if site.layout == "time_first":
-        return h.transpose(0, 1)
+def _flat(site: Site, h: Any) -> Any:
+    """The value with one dimension of numbers for each token."""
     return h.flatten(-2) if site.layout == "streams" else h
+
+
+def _batch_order(site: Site, h: Any) -> Any:
+    """Numbers of the tokens in batch order."""
+    return h.transpose(0, 1) if site.layout == "time_first" else h

@@ -15,8 +15,10 @@ ROWS = "steer_rows"
 SCALE = "steer_scale"
 GAIN = "steer_gain"
 DECODE = "steer_decode"
+SLOT = "steer_slot"
 """Buffer names in every instrumented graph: row of each token (T,) int32, scale of each row (R,) fp32, gain of the
-dynamic tier for each token (T,) fp32 (0 in prefill), 1 for each token that is decoded and 0 in prefill (T,) fp32."""
+dynamic tier for each token (T,) fp32 (0 in prefill), 1 for each token that is decoded and 0 in prefill (T,) fp32, the
+line of a sequence's memory for its last token and 0 for others (T,) int32."""
 
 
 def bank_name(index: int) -> str:
@@ -149,9 +151,13 @@ class Bank:
     capture     max_tokens x H         pristine value of each token
     tier        1 x H, fp32            vector of the dynamic tier
     probe       1 x H, fp32            direction of the site's monitor
-    probe_set   1 x 4, fp32            threshold, sharpness, gate rows (0 or 1), active (0 or 1)
+    probe_set   1 x 8, fp32            the monitor's settings (`kernels/gates.py`)
     rowprobe    R x H, fp32            direction of each row's own monitor
-    rowprobe_set  R x 2, fp32          threshold (`NO_THRESHOLD`: no monitor), sharpness
+    rowprobe_set  R x 8, fp32          settings of each row's monitor
+    score       max_tokens x 2, fp32   scores of each token by the site's and by its row's monitor
+    state       (S + 1) x 2, fp32      whether the step gates of each sequence are open, by site and row monitor
+    mlp         M x H, fp32            input weights of the hidden units of the site's probe
+    mlp_set     M x 2, fp32            bias and output weight of each of them
     clamp       R * K x H              unit directions, K for each row
     clamp_set   R * K x 3, fp32        lower bound, upper bound, strength (0: no clamp)
     ==========  =====================  =======================================================================
@@ -165,10 +171,6 @@ class Bank:
 
     def text(self) -> str:
         return f"{self.kind}: {dtype_text(self.dtype)}[{len(self.sites)}, {self.length}, {self.width}]"
-
-
-NO_THRESHOLD = -1e30
-"""Threshold of a row without a monitor: its gate is 1."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,8 @@ class Edit:
         lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel.
         fusion: what the template takes over.
         why: why this lowering was chosen.
+        detects: its monitors open gates for the sites behind it, and it steers nothing.
+        gated: it reads the gates of sites in front of it.
     """
 
     site: Site
@@ -249,6 +253,8 @@ class Edit:
     lowering: str = "compiler"
     fusion: Fusion = Fusion()
     why: str = ""
+    detects: bool = False
+    gated: bool = False
 
     def slot(self, kind: str) -> Slot:
         """The slot of a kind; KeyError where the edit has none."""
@@ -261,7 +267,8 @@ class Edit:
         readers = "" if self.site.users is None else f" -> {', '.join(self.site.users)}"
         how = f" by template, {self.fusion.text()}" if self.lowering == "template" else ""
         slots = ", ".join(slot.text() for slot in self.slots)
-        return f"{'+'.join(self.ops)} {self.site.text()} <- {slots}{readers}{how}"
+        what = f"{'detect ' if self.detects else ''}{'+'.join(self.ops)}"
+        return f"{what} {self.site.text()} <- {slots}{readers}{how}{' gated' if self.gated else ''}"
 
 
 @dataclass(frozen=True)

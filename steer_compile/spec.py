@@ -17,13 +17,17 @@ from steer_compile.hooks import parse_hook
 
 Layers: TypeAlias = str | tuple[int, ...]
 LayersLike: TypeAlias = str | int | Iterable[int]
-OP_FAMILIES = ("add", "tier", "monitor", "row_monitor", "clamp")
+OP_FAMILIES = ("add", "tier", "monitor", "row_monitor", "clamp", "score", "memory", "mlp")
+NEEDS = {"score": ("monitor", "row_monitor"), "memory": ("monitor", "row_monitor"), "mlp": ("monitor",)}
+"""Op families that add to a monitor: one of these must be there."""
 LOWERINGS = ("auto", "compiler", "template")
 PLACEMENTS = ("before_norm", "after_norm")
 RESERVED_ROWS = 3
 """Row 0 is zeros, row 1 the global prefill tier, row 2 the global decode tier."""
 SEQUENCES = 256
 """Requests with gates of their own memory, where the spec does not say how many."""
+HIDDEN = 16
+"""Hidden units of a probe, where the spec does not say how many."""
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)(?::(\d+))?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +71,9 @@ def parse_ops(value: object, where: str) -> tuple[str, ...]:
     unknown = [op for op in given if op not in OP_FAMILIES]
     if unknown or not given:
         raise SpecError(f"{where}: unknown op family {unknown or '()'}; the families are {', '.join(OP_FAMILIES)}")
+    for op, needed in NEEDS.items():
+        if op in given and not set(needed) & set(given):
+            raise SpecError(f"{where}: the op family {op!r} needs a probe; add {' or '.join(map(repr, needed))}")
     return tuple(op for op in OP_FAMILIES if op in given)
 
 
@@ -137,6 +144,7 @@ class SpecOptions(TypedDict, total=False):
     overrides: int
     sequences: int
     cross_layer: bool
+    hidden: int
 
 
 @dataclass(frozen=True, init=False)
@@ -153,13 +161,17 @@ class SteerSpec:
         placement: ``before_norm``: a steer at a stream hook changes all that reads the value. ``after_norm``: at
             ``pre_attn`` and ``post_attn`` it changes the skip path only, not the branch that follows.
         ops: op families of hooks given by name: ``add`` (vectors), ``tier`` (a dynamic vector of each site, decoded
-            tokens only), ``monitor`` (a probe of each site), ``row_monitor`` (a probe of each row and site), ``clamp``.
+            tokens only), ``monitor`` (a probe of each site), ``row_monitor`` (a probe of each row and site), ``clamp``;
+            beside a monitor ``score`` (each token's scores are stored), ``memory`` (step gates remember, for each
+            sequence, whether they are open) and ``mlp`` (the site's probe has hidden units).
         clamps: clamp directions of each row at a site.
         lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel a site.
             ``auto``: the one that costs less, site by site (`Edit.why` says which and why).
         overrides: rows of a pool apart from ``rows``, to which controllers route requests while they decode.
         sequences: requests that are told apart by gates with a memory (`Monitor`, kind ``step``).
-        cross_layer: gates of a monitor hold at its site and at all sites behind it in the same call.
+        cross_layer: gates of a monitor hold at its site and at all sites behind it in the same call. Memory and
+            hidden units need it.
+        hidden: most hidden units of a probe (`Hidden`).
 
     Raises:
         SpecError: an unknown hook, layer selection, dtype, placement, op family or lowering, or a capacity below one.
@@ -178,6 +190,7 @@ class SteerSpec:
     overrides: int
     sequences: int
     cross_layer: bool
+    hidden: int
 
     def __init__(
         self,
@@ -211,9 +224,16 @@ class SteerSpec:
             "overrides": _capacity("overrides", options.get("overrides", 0), 0),
             "sequences": _capacity("sequences", options.get("sequences", SEQUENCES)),
             "cross_layer": _flag("cross_layer", options.get("cross_layer", False)),
+            "hidden": _capacity("hidden", options.get("hidden", HIDDEN)),
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
+        alone = [s for s in self.steer if {"memory", "mlp"} & set(s.ops)]
+        if alone and not self.cross_layer:
+            raise SpecError(
+                f"{alone[0].hook} has the op families {', '.join(alone[0].ops)}: gates with a memory or with hidden "
+                "units are computed once for the sites behind them; set cross_layer=True"
+            )
 
     def _selections(self, given: object, what: str) -> tuple[HookSelection, ...]:
         items = (given,) if isinstance(given, str | HookSelection | Mapping) else given
@@ -262,7 +282,7 @@ class SteerSpec:
             "clamps": self.clamps,
             "lowering": self.lowering,
         }
-        rarer = {"dtype": None, "overrides": 0, "sequences": SEQUENCES, "cross_layer": False}
+        rarer = {"dtype": None, "overrides": 0, "sequences": SEQUENCES, "cross_layer": False, "hidden": HIDDEN}
         return data | {key: vars(self)[key] for key, default in rarer.items() if vars(self)[key] != default}
 
     @classmethod

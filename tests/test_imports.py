@@ -35,6 +35,8 @@ SHARED_BY_PASSES = ("dataflow", "residual", "spine", "blocks", "segments", "bran
 BEHIND_A_DOOR = (
     "kernels/site.py",
     "kernels/site_kernels.py",
+    "kernels/site_wide.py",
+    "kernels/gate_kernels.py",
     "steer_compile/vllm/metrics.py",
     "steer_compile/vllm/requests.py",
     "steer_compile/vllm/server/plugin.py",

@@ -42,11 +42,19 @@ class Contents:
         clamps = [f"{site}|{','.join(c.digest for c in each)}" for site, each in self.clamps]
         return ";".join([*vectors, *monitors, *clamps])
 
-    def needs(self) -> Iterator[tuple[str, SiteKey, int]]:
+    def needs(self) -> Iterator[tuple[str, SiteKey, int | None]]:
         """What a site must offer: op family, site and how many numbers its vectors have."""
         for vectors, _ in self.parts:
             yield from (("add", site, vector.numel()) for site, vector in vectors.items())
-        yield from (("row_monitor", site, monitor.probe.numel()) for site, monitor in self.monitors)
+        for site, monitor in self.monitors:
+            yield "row_monitor", site, monitor.probe.numel()
+            if monitor.remembers:
+                yield "memory", site, None
+            if monitor.hidden is not None:
+                raise VectorError(
+                    f"the monitor of layers.{site[1]}.{site[0]} has hidden units, which a row's monitor cannot have; "
+                    "set it as the site's, with set_monitor"
+                )
         for site, each in self.clamps:
             yield from (("clamp", site, clamp.direction.numel()) for clamp in each)
 
@@ -82,7 +90,7 @@ class Contents:
         tables.put("table", rows, 1, scaled(self.parts))
         monitors = dict(self.monitors)
         tables.put("rowprobe", rows, 1, {site: m.probe for site, m in monitors.items()})
-        settings = {site: numbers([m.threshold, m.sharpness]) for site, m in monitors.items()}
+        settings = {site: numbers(m.settings(rows=True)) for site, m in monitors.items()}
         tables.put("rowprobe_set", rows, 1, settings)
         clamps, lines = dict(self.clamps), [row * most_clamps for row in rows]
         directions = {site: torch.stack([c.direction for c in each]) for site, each in clamps.items()}

@@ -155,13 +155,15 @@ class Registry:
 
         Args:
             site: ``("post_block", 3)`` or ``"layers.3.post_block"``.
-            probe: direction (H,), or None to take the site's monitor away.
+            probe: direction (H,), or a `Monitor` with its own settings; None takes the site's monitor away.
             gate_rows: it also gates the rows' vectors at decoded tokens.
 
         Raises:
             VectorError: a bad probe, threshold or sharpness. SiteNotFound: a site without the op family ``monitor``.
         """
-        self.sites.set_monitor(site, None if probe is None else Monitor(probe, threshold, sharpness), gate_rows)
+        if probe is not None and not isinstance(probe, Monitor):
+            probe = Monitor(probe, threshold, sharpness)
+        self.sites.set_monitor(site, probe, gate_rows)
 
     # -- configurations -------------------------------------------------------------------------------------------
 

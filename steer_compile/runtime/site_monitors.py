@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from steer_compile.errors import TooManyTokens, VectorError
 from steer_compile.runtime.gates import Monitor, SiteLike
 from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.tables import TableSet, numbers
@@ -27,8 +28,8 @@ class SiteMonitors:
         self._tier = VectorSet()
         self._gain = 1.0
         self._monitors: dict[SiteKey, tuple[Monitor, bool]] = {}
-        self._call = (0, False)
-        self._written: tuple[int, float, bool] | None = None
+        self._call = (1, 0, False)
+        self._written: tuple[int, int, float, bool] | None = None
 
     def set_tier(self, vectors: object = None, gain: float = 1.0) -> None:
         """Replace the dynamic tier: a vector of each site, times ``gain``, added to decoded tokens only.
@@ -55,11 +56,26 @@ class SiteMonitors:
         key = site_key(site)
         with self._lock, torch.no_grad():
             self._scope.check("monitor", key, None if monitor is None else monitor.probe.numel())
+            if monitor is not None:
+                self._check_parts(key, monitor)
             if monitor is None:
                 self._monitors.pop(key, None)
             else:
                 self._monitors[key] = (monitor, bool(gate_rows))
             self.write()
+
+    def _check_parts(self, site: SiteKey, monitor: Monitor, whole: bool = False) -> None:
+        """Raise for hidden units or a memory that the site has no room for."""
+        if monitor.remembers:
+            self._scope.check("memory", site, None, whole)
+        if monitor.hidden is not None:
+            units, width = monitor.hidden.weight.shape
+            self._scope.check("mlp", site, width, whole)
+            if units > self._tables.spec.hidden:
+                raise VectorError(
+                    f"the probe of layers.{site[1]}.{site[0]} has {units} hidden units and the spec has "
+                    f"hidden={self._tables.spec.hidden}; raise it and compile again"
+                )
 
     def check_all(self, whole: bool = False) -> None:
         """Raise for what is set and does not fit (``whole``: all parts of the model ran).
@@ -71,16 +87,21 @@ class SiteMonitors:
             self._scope.check("tier", site, vector.numel(), whole)
         for site, (monitor, _) in self._monitors.items():
             self._scope.check("monitor", site, monitor.probe.numel(), whole)
+            self._check_parts(site, monitor, whole)
 
     def write(self) -> None:
         """Write the tier and the monitors of all compiled sites."""
         self._tables.put("tier", (0,), 1, dict(self._tier.items()))
         self._tables.put("probe", (0,), 1, {site: monitor.probe for site, (monitor, _) in self._monitors.items()})
         settings = {
-            site: numbers([monitor.threshold, monitor.sharpness, float(gate_rows), 1.0])
-            for site, (monitor, gate_rows) in self._monitors.items()
+            site: numbers(monitor.settings(rows=gate_rows)) for site, (monitor, gate_rows) in self._monitors.items()
         }
         self._tables.put("probe_set", (0,), 1, settings)
+        hidden = {s: m.hidden for s, (m, _) in self._monitors.items() if m.hidden is not None}
+        most = self._tables.spec.hidden
+        self._tables.put("mlp", (0,), most, {site: units.weight for site, units in hidden.items()})
+        ends = {site: torch.stack([units.bias, units.output], 1) for site, units in hidden.items()}
+        self._tables.put("mlp_set", (0,), most, ends)
 
     def bind(self) -> None:
         """Write everything into tables that have grown, in the middle of a call if need be."""
@@ -88,10 +109,23 @@ class SiteMonitors:
         self._written = None
         self._fill()
 
-    def before_call(self, tokens: int, decode: bool) -> None:
-        """Set the gain and the decode mask of the call's tokens, where a graph reads them and they changed."""
-        self._call = (tokens, decode)
+    def before_call(self, batch: int, length: int, decode: bool) -> None:
+        """Set gain, decode mask and memory line of the call's tokens, where a graph reads them and they changed.
+
+        Raises:
+            TooManyTokens: more sequences than the spec has memory for.
+        """
+        if self._remembers and batch > self._tables.spec.sequences:
+            raise TooManyTokens(
+                f"the call has {batch} sequences and the spec has sequences={self._tables.spec.sequences}; raise it "
+                "and compile again, or split the call"
+            )
+        self._call = (batch, length, decode)
         self._fill()
+
+    @property
+    def _remembers(self) -> bool:
+        return any(bank.kind == "state" for bank in self._tables.banks)
 
     def before_step(self, decoded: npt.NDArray[np.bool_]) -> None:
         """The same for a call whose tokens are in either phase: gain where a token is decoded, 0 where it is not."""
@@ -100,11 +134,15 @@ class SiteMonitors:
             self._tables.mask(decoded, self._gain)
 
     def _fill(self) -> None:
-        tokens, decode = self._call
-        wanted = (tokens, self._gain, decode)
+        batch, length, decode = self._call
+        tokens, wanted = batch * length, (batch, length, self._gain, decode)
         if wanted == self._written:
             return
         self._written = wanted
         if any(bank.kind in TOKEN_KINDS for bank in self._tables.banks):
             self._tables.gain[:tokens].fill_(self._gain if decode else 0.0)
             self._tables.decode[:tokens].fill_(float(decode))
+        if self._remembers and tokens:
+            slots = np.zeros((batch, length), np.int32)
+            slots[:, -1] = np.arange(1, batch + 1)
+            self._tables.slots(slots)

@@ -10,24 +10,32 @@ import numpy.typing as npt
 import torch
 
 from steer_compile.errors import SiteNotFound, VectorError
-from steer_compile.ir import DECODE, GAIN, NO_THRESHOLD, ROWS, SCALE, Bank, bank_name
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, SLOT, Bank, bank_name
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import SteerSpec
 
 _NEUTRAL = {
-    "probe_set": (0.0, 1.0, 0.0, 0.0),
-    "rowprobe_set": (NO_THRESHOLD, 1.0),
     "clamp_set": (-torch.inf, torch.inf, 0.0),
 }
 """What each line of a bank of settings holds while nothing is set; other banks hold zeros."""
 
-KINDS = {"add": "table", "tier": "tier", "monitor": "probe", "row_monitor": "rowprobe", "clamp": "clamp"}
+KINDS = {
+    "add": "table", "tier": "tier", "monitor": "probe", "row_monitor": "rowprobe", "clamp": "clamp", "score": "score",
+    "memory": "state", "mlp": "mlp",
+}  # fmt: skip
 """Kind of the bank that holds the vectors of each op family."""
 
 ALIGNMENT = 16
 """Bytes: each site's part of a bank begins at a multiple of them."""
 
-_NOUNS = {"add": "vector", "tier": "tier vector", "monitor": "probe", "row_monitor": "probe", "clamp": "direction"}
+_NOUNS = {
+    "add": "vector",
+    "tier": "tier vector",
+    "monitor": "probe",
+    "row_monitor": "probe",
+    "clamp": "direction",
+    "mlp": "hidden unit",
+}
 
 
 class TableSet:
@@ -44,6 +52,7 @@ class TableSet:
         self.scale: torch.Tensor = torch.empty(0)
         self.gain: torch.Tensor = torch.empty(0)
         self.decode: torch.Tensor = torch.empty(0)
+        self.slot: torch.Tensor = torch.empty(0)
 
     def grow(self, banks: tuple[Bank, ...], device: torch.device) -> None:
         """Allocate the banks that are new. Existing tensors stay where they are."""
@@ -52,8 +61,8 @@ class TableSet:
         with torch.inference_mode(False):  # a model may be compiled inside inference mode; the tables change outside
             if self.device is None:
                 self.device = device
-                self.rows = torch.zeros(self.spec.max_tokens, dtype=torch.int32, device=device)
                 most = self.spec.max_tokens
+                self.rows, self.slot = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(2))
                 self.gain, self.decode = (torch.zeros(most, dtype=torch.float32, device=device) for _ in range(2))
                 self.scale = torch.ones(self.spec.all_rows, dtype=torch.float32, device=device)
             for bank in banks[len(self.tensors) :]:
@@ -69,7 +78,7 @@ class TableSet:
     def named(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Tensors by the buffer names of `passes.splice`."""
         known = {bank_name(i): t for i, t in enumerate(self.tensors)} | {
-            ROWS: self.rows, SCALE: self.scale, GAIN: self.gain, DECODE: self.decode,
+            ROWS: self.rows, SCALE: self.scale, GAIN: self.gain, DECODE: self.decode, SLOT: self.slot,
         }  # fmt: skip
         return {name: known[name] for name in names}
 
@@ -155,6 +164,10 @@ class TableSet:
         """Set the row of the first ``rows.size`` tokens."""
         self._send(rows.ravel(), self.rows)
 
+    def slots(self, slots: npt.NDArray[np.int32]) -> None:
+        """Set the memory line of the first ``slots.size`` tokens."""
+        self._send(slots.ravel(), self.slot)
+
     def mask(self, decoded: npt.NDArray[np.bool_], gain: float) -> None:
         """Set the decode mask and the tier's gain of the first ``decoded.size`` tokens."""
         mask = decoded.astype(np.float32)
@@ -168,11 +181,11 @@ class TableSet:
             source = torch.empty_like(source, pin_memory=True).copy_(source)
         target[: source.numel()].copy_(source, non_blocking=True)
 
-    def captured(self, tokens: int) -> dict[SiteKey, torch.Tensor]:
-        """Views ``(tokens, width)`` of what the last call stored, by site."""
+    def captured(self, tokens: int, kind: str = "capture") -> dict[SiteKey, torch.Tensor]:
+        """Views ``(tokens, width)`` of what the last call stored in banks of a kind (``capture`` or ``score``)."""
         found: dict[SiteKey, torch.Tensor] = {}
         for bank, tensor in zip(self.banks, self.tensors, strict=True):
-            if bank.kind == "capture":
+            if bank.kind == kind:
                 for i, key in enumerate(bank.sites):
                     found[key] = tensor[i, :tokens]
         return found

@@ -212,7 +212,7 @@ def _tokens(given: object) -> TokenSelection:
 
 
 def _monitor(given: object) -> Monitor:
-    data = _arguments("a monitor", given, {"probe", "threshold", "sharpness"}, "probe")
+    data = _arguments("a monitor", given, {"probe", "threshold", "sharpness", "kind", "low", "high", "clamps"}, "probe")
     return Monitor(_vector("the probe of a monitor", data.pop("probe")), **data)
 
 

@@ -42,7 +42,7 @@ def _contents(contents: Contents) -> dict[str, Any]:
     return {
         "sets": [_set(vectors) for vectors in sets],
         "parts": [[sets.index(vectors), scale] for vectors, scale in contents.parts],
-        "monitors": [[*site, _bytes(m.probe), m.threshold, m.sharpness, m.digest] for site, m in contents.monitors],
+        "monitors": [[*site, _bytes(m.probe), *m.numbers] for site, m in contents.monitors],
         "clamps": [
             [*site, [[_bytes(c.direction), c.lo, c.hi, c.strength, c.digest] for c in each]]
             for site, each in contents.clamps

@@ -12,6 +12,8 @@ from torch import Tensor
 from steer_compile.kernels.site import SiteArgs
 
 FAMILIES = ("branch", "capture", "add", "tier", "monitor", "row_monitor", "clamp")
+GATED = ("gates", "score")
+"""What is there beside other families only."""
 ROWS, CLAMPS = 5, 3
 
 
@@ -51,15 +53,24 @@ class _Draw:
         return {"tier": self.randn(1, self.width), "gain": self.pick((0.0, 1.5), self.tokens)}
 
     def monitor(self) -> dict[str, Tensor]:
-        settings = torch.tensor([[0.1, 0.3, 1.0, 1.0]], device=self.device)
+        settings = torch.tensor([[0.1, 0.3, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]], device=self.device)
         decode = self.pick((0.0, 1.0), self.tokens)
         return {"decode": decode, "probe": self.randn(1, self.width), "probe_set": settings}
 
     def row_monitor(self) -> dict[str, Tensor]:
-        settings = torch.stack([self.randn(ROWS), self.randn(ROWS).abs() * 0.2], 1)
-        settings[0, 0] = -1e30
+        settings = torch.zeros(ROWS, 8, device=self.device)
+        settings[:, 0], settings[:, 1] = self.randn(ROWS), self.randn(ROWS).abs() * 0.2
+        settings[:, 2] = torch.arange(ROWS) % 3  # each kind
+        settings[:, 3:] = torch.tensor([-0.5, 0.75, 1.0, 1.0, 1.0])
+        settings[0] = 0
         decode, rows = self.pick((0.0, 1.0), self.tokens), self.rows()
         return {"decode": decode, "rows": rows, "rowprobe": self.randn(ROWS, self.width), "rowprobe_set": settings}
+
+    def gates(self) -> dict[str, Tensor]:
+        return {"gates": self.randn(self.tokens, 4)}
+
+    def score(self) -> dict[str, Tensor]:
+        return {"score": torch.full((1, self.tokens + 3, 2), float("nan"), device=self.device)}
 
     def clamp(self) -> dict[str, Tensor]:
         directions = torch.nn.functional.normalize(self.randn(ROWS * CLAMPS, self.width), dim=-1)
@@ -77,7 +88,7 @@ def site_args(
     """Arguments with the stages ``families`` and a norm. Row 0 is neutral, and some clamps are off."""
     draw = _Draw(tokens, width, dtype, table or dtype, device, torch.Generator().manual_seed(seed))
     given: dict[str, Any] = {"stream": draw.randn(tokens, width, dtype=dtype)}
-    parts = {name: getattr(draw, name) for name in FAMILIES}
+    parts = {name: getattr(draw, name) for name in (*FAMILIES, *GATED)}
     for family in families:
         given |= parts[family]()
     if norm:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from steer_compile import Clamp, Handle, HookSelection, Monitor, Runtime, Steering, SteerSpec
 from steer_compile.errors import SiteNotFound, SpecError, SteerError, VectorError
-from steer_compile.ir import DECODE, GAIN, NO_THRESHOLD, Bank, Plan, SiteTable
+from steer_compile.ir import DECODE, GAIN, Bank, Plan, SiteTable
 from steer_compile.runtime.vectors import PHASES
-from steer_compile.spec import OP_FAMILIES, RESERVED_ROWS
+from steer_compile.spec import NEEDS, OP_FAMILIES, RESERVED_ROWS
 
-WIDTH, LAYERS, ROWS, CLAMPS, TOKENS = 4, 2, 6, 3, 16
+WIDTH, LAYERS, ROWS, CLAMPS, TOKENS, SEQUENCES, UNITS = 4, 2, 6, 3, 16, 9, 3
 LENGTH = RESERVED_ROWS + ROWS
 SITES = tuple(("post_block", n) for n in range(LAYERS))
 SITE = SITES[0]
@@ -24,9 +24,12 @@ FREE = [-math.inf, math.inf, 0.0]
 SHAPES = {
     "add": [("table", WIDTH, LENGTH)],
     "tier": [("tier", WIDTH, 1)],
-    "monitor": [("probe", WIDTH, 1), ("probe_set", 4, 1)],
-    "row_monitor": [("rowprobe", WIDTH, LENGTH), ("rowprobe_set", 2, LENGTH)],
+    "monitor": [("probe", WIDTH, 1), ("probe_set", 8, 1)],
+    "row_monitor": [("rowprobe", WIDTH, LENGTH), ("rowprobe_set", 8, LENGTH)],
     "clamp": [("clamp", WIDTH, LENGTH * CLAMPS), ("clamp_set", 3, LENGTH * CLAMPS)],
+    "score": [("score", 2, TOKENS)],
+    "memory": [("state", 2, SEQUENCES + 1)],
+    "mlp": [("mlp", WIDTH, UNITS), ("mlp_set", 2, UNITS)],
 }
 
 
@@ -45,7 +48,12 @@ def bind(
 
 
 def make(ops: tuple[str, ...] = OP_FAMILIES, bound: bool = True) -> Runtime:
-    runtime = Runtime(SteerSpec(steer="post_block", ops=ops, rows=ROWS, max_tokens=TOKENS, clamps=CLAMPS))
+    runtime = Runtime(
+        SteerSpec(
+            steer="post_block", ops=ops, rows=ROWS, max_tokens=TOKENS, clamps=CLAMPS, cross_layer=True,
+            sequences=SEQUENCES, hidden=UNITS,
+        )
+    )  # fmt: skip
     return bind(runtime, ops) if bound else runtime
 
 
@@ -74,7 +82,7 @@ def state(runtime: Runtime) -> Any:
 
 def test_banks_begin_neutral() -> None:
     tables = make().tables
-    neutral = {"probe_set": [0, 1, 0, 0], "rowprobe_set": [NO_THRESHOLD, 1], "clamp_set": FREE}
+    neutral = {"clamp_set": FREE}
     for bank, tensor in zip(tables.banks, tables.tensors, strict=True):
         assert tensor.shape == (LAYERS, bank.length, bank.width)
         line = torch.tensor(neutral.get(bank.kind, [0.0] * bank.width))
@@ -95,16 +103,16 @@ def test_tier_and_site_monitors(late: bool) -> None:
     tables = runtime.tables
     assert [tables.view("tier", s).tolist() for s in SITES] == [[[0, 1, 0, 0]], [[0, 0, 0, 0]]]
     assert [tables.view("probe", s).tolist() for s in SITES] == [[[0, 0, 0, 0]], [[0, 0, 2, 0]]]
-    assert [tables.view("probe_set", s).tolist() for s in SITES] == [[[0, 1, 0, 0]], [[0.5, 4, 1, 1]]]
+    assert [tables.view("probe_set", s).tolist() for s in SITES] == [[[0.0] * 8], [[0.5, 4, 0, 0, 1, 1, 1, 0]]]
     runtime.set_tier({SITES[1]: axis(0)})
     runtime.set_monitor(SITES[1], axis(3))
     assert [tables.view("tier", s).tolist() for s in SITES] == [[[0, 0, 0, 0]], [[1, 0, 0, 0]]]
-    assert tables.view("probe_set", SITES[1]).tolist() == [[0, 1, 0, 1]]
+    assert tables.view("probe_set", SITES[1]).tolist() == [[0, 1, 0, 0, 1, 1, 0, 0]]
     runtime.set_tier()
     runtime.set_monitor(("resid_post", 1))
     runtime.set_monitor(SITES[1], None)
     assert not any(tables.view(kind, s).any() for kind in ("tier", "probe") for s in SITES)
-    assert tables.view("probe_set", SITES[1]).tolist() == [[0, 1, 0, 0]]
+    assert not tables.view("probe_set", SITES[1]).any()
 
 
 def tokens(runtime: Runtime, batch: int, length: int) -> tuple[list[float], list[float]]:
@@ -163,8 +171,8 @@ def test_monitors_and_clamps_lie_in_both_rows_of_a_configuration(late: bool) -> 
     tables = runtime.tables
     for row in handle.rows.values():
         assert tables.view("rowprobe", SITE)[row].tolist() == [0, 2, 0, 0]
-        assert tables.view("rowprobe_set", SITE)[row].tolist() == [0.5, 3]
-        assert tables.view("rowprobe_set", SITES[1])[row].tolist() == pytest.approx([NO_THRESHOLD, 1])
+        assert tables.view("rowprobe_set", SITE)[row].tolist() == [0.5, 3, 0, 0, 1, 1, 1, 0]
+        assert tables.view("rowprobe_set", SITES[1])[row].tolist() == [0.0] * 8
         assert clamps_of(runtime, row, 0) == []
         assert clamps_of(runtime, row, 1) == [(2, 5), (0, -1)]
         assert tables.view("clamp_set", SITES[1])[row * CLAMPS + 1].tolist() == [-1, 2, 0.5]
@@ -313,16 +321,17 @@ USES: dict[str, Callable[[Runtime], object]] = {
     "row_monitor": lambda r: r.register(Steering(monitors={SITE: Monitor(axis(0))})),
     "clamp": lambda r: r.register(Steering(clamps={SITE: [clamp(0)]})),
 }
+ALONE = [op for op in OP_FAMILIES if op not in NEEDS]
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["before compiling", "after compiling"])
-@pytest.mark.parametrize("family", OP_FAMILIES)
+@pytest.mark.parametrize("family", ALONE)
 def test_each_family_is_asked_for_in_the_spec(family: str, bound: bool) -> None:
     alone = make((family,), bound)
     USES[family](alone)
     assert len(alone.tables.banks) == (len(SHAPES[family]) if bound else 0)
     assert alone.tables.steered() == (list(SITES) if bound else [])
-    rest = tuple(op for op in OP_FAMILIES if op != family)
+    rest = tuple(op for op in ALONE if op != family)
     runtime = make(rest, bound)
     with pytest.raises(SiteNotFound) as error:
         USES[family](runtime)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steer_compile import Clamp, Monitor, Steering, SteerSpec, steer_backend
-from steer_compile.ir import NO_THRESHOLD, Bank
+from steer_compile.ir import Bank
 from steer_compile.runtime.tables import ALIGNMENT, TableSet
 from tests import _models
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def banks(width: int, dtype: torch.dtype, rows: int = 5) -> tuple[Bank, ...]:
     return (
         Bank("table", width, dtype, SITES, rows),
-        Bank("rowprobe_set", 2, torch.float32, SITES, rows),
+        Bank("rowprobe_set", 8, torch.float32, SITES, rows),
         Bank("clamp_set", 3, torch.float32, SITES, rows),
         Bank("capture", width, dtype, SITES[:1], 7),
     )
@@ -42,7 +42,7 @@ def test_each_part_is_whole_and_aligned(width: int, dtype: torch.dtype) -> None:
             view = tables.view(bank.kind, site)
             assert view.is_contiguous()
             assert view.data_ptr() % ALIGNMENT == 0
-    assert all(tables.view("rowprobe_set", site).tolist() == [[pytest.approx(NO_THRESHOLD), 1]] * 5 for site in SITES)
+    assert not any(tables.view("rowprobe_set", site).any() for site in SITES)
     assert not tables.tensors[0].any()
     assert tables.tensors[3].is_contiguous()  # a bank of one site needs no padding
 
