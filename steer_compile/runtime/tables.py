@@ -228,7 +228,7 @@ def _block(bank: Bank, count: int, values: Mapping[SiteKey, torch.Tensor]) -> to
             if part is not None:
                 block[i, : part.size(0)] = part
     cast = block.to(bank.dtype)
-    if bank.kind not in _NEUTRAL and not bool(torch.isfinite(cast).all()):
+    if not bank.kind.endswith("_set") and not bool(torch.isfinite(cast).all()):
         raise VectorError(
             f"a sum of vectors overflows the table's dtype {bank.dtype}; scale them down or set dtype in the spec"
         )
