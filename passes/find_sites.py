@@ -21,7 +21,7 @@ from steer_compile.passes.branch_ends import branch_input
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, op_name, shape_of
 from steer_compile.passes.layout import dims_of, layout_of, permutation, stem_order
 from steer_compile.passes.residual import MIX_OPS, ResidualGraph, Write
-from steer_compile.passes.segments import Segment, segments_of
+from steer_compile.passes.segments import Segment, arrival, segments_of
 from steer_compile.passes.spine import find_spine
 
 _PARALLEL = "the block adds its mixer and its MLP in one write (parallel block); there is no value between them"
@@ -31,12 +31,14 @@ _MULTI = (
 _PARALLEL_STREAMS = {"pre_attn": "mhc_streams_pre_attn", "post_attn": "mhc_streams_pre_mlp"}
 
 
-def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
+def find_sites(gm: fx.GraphModule, partial: bool = False, cut: range | None = None) -> SiteTable:
     """Sites and misses of the graph. Never raises for an odd graph: it returns misses.
 
     Args:
         gm: graph as Dynamo gives it to a backend. Not changed.
         partial: the graph is one of several of a model, so layers are numbered by their module's index.
+        cut: the graph is the stage of a pipeline that has these layers of the model. The value that enters it is
+            ``post_block`` of the layer in front of them.
     """
     flow = build_dataflow(gm.graph)
     spine = find_spine(ResidualGraph(flow))
@@ -52,13 +54,18 @@ def find_sites(gm: fx.GraphModule, partial: bool = False) -> SiteTable:
             reason = f"the mixer branch added at {node.name} belongs to no block, so layers cannot be numbered"
         return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
     multi = any(_carries_streams(flow, w) for w in spine.writes)
-    builder = _Builder(flow, segments_of(flow, spine.writes, blocks), multi=multi)
-    numbers = _numbers(blocks, partial or _begins_at_a_block(flow, blocks))
+    entry, reason = _stage(flow, spine.writes, blocks, cut) if cut is not None else (None, "")
+    if reason:
+        return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
+    builder = _Builder(flow, segments_of(flow, spine.writes, blocks, entry), multi=multi)
+    numbers = list(cut) if cut is not None else _numbers(blocks, partial or _begins_at_a_block(flow, blocks))
     if numbers is None:
         reason = (
             "the graph begins at or inside a block, so its layer number is unknown; remove the graph break in the block"
         )
         return SiteTable(misses=(Miss(None, "*", reason),), partial=True, unnumbered=True)
+    if entry is not None:
+        builder.stream(numbers[0] - 1, "post_block", entry)
     for number, block in zip(numbers, blocks, strict=True):
         builder.add_block(number, block)
     if multi:
@@ -78,6 +85,21 @@ def _numbers(blocks: list[Block], partial: bool) -> list[int] | None:
     lone = len(blocks) == 1 and blocks[0].first.path[0].op == "placeholder"
     plain = len(indices) == len(blocks) == len(set(indices)) and len(containers) == 1 and not lone
     return indices if plain else None
+
+
+def _stage(flow: Dataflow, writes: list[Write], blocks: list[Block], cut: range) -> tuple[fx.Node | None, str]:
+    """The value that enters a stage behind the first one, and what keeps the graph from being the stage of a cut."""
+    indices = [b.key[-1] if b.key else "" for b in blocks]
+    if indices != [str(n) for n in cut]:
+        text = f"the stage has the layers {cut[0]} to {cut[-1]}, and its graph has blocks of the modules"
+        return None, f"{text} {', '.join(index or 'without an index' for index in indices)}"
+    if not cut[0]:
+        return None, ""
+    path = arrival(flow, writes[0])
+    if not path or blocks[0].first is not writes[0]:
+        return None, "what the stage gets from the one before is neither the stream nor two values that add up to it"
+    writes[0].path = path
+    return path[0], ""
 
 
 def _carries_streams(flow: Dataflow, write: Write) -> bool:
@@ -128,20 +150,20 @@ class _Builder:
 
     def add_block(self, layer: int, block: Block) -> None:
         entry, values = self.segments[id(block.first)], [self.segments[id(b.write)] for b in block.branches]
-        self._stream(layer, "pre_attn", entry.entering)
+        self.stream(layer, "pre_attn", entry.entering)
         leaving = self.segments[id(block.last)].leaving
         after = [segment.fork_after for segment in values[:-1]] + [leaving]
         for i, value in enumerate(after):
-            self._stream(layer, f"write_{i}", value)
+            self.stream(layer, f"write_{i}", value)
         mixers = [i for i, b in enumerate(block.branches) if b.mixing]
         parallel = next((b for b in block.branches if b.parallel), None)
         if parallel is not None:
             self._miss(layer, "post_attn", _PARALLEL, parallel.write.node)
         elif mixers:
-            self._stream(layer, "post_attn", after[mixers[0]])
+            self.stream(layer, "post_attn", after[mixers[0]])
         else:
             self._miss(layer, "post_attn", "no branch of the block mixes token positions", block.last.node)
-        self._stream(layer, "post_block", leaving)
+        self.stream(layer, "post_block", leaving)
         self._branches(layer, block)
 
     def _branches(self, layer: int, block: Block) -> None:
@@ -190,7 +212,8 @@ class _Builder:
         """The streams behind the last block: a hook of the model, kept under the last layer's number."""
         self._site(layer, "mhc_streams_final", self.segments[id(block.last)].leaving, None, ())
 
-    def _stream(self, layer: int, hook: str, node: fx.Node) -> None:
+    def stream(self, layer: int, hook: str, node: fx.Node) -> None:
+        """A hook of the stream's own values."""
         if self.multi and hook not in _PARALLEL_STREAMS:
             self._miss(layer, hook, _MULTI, node)
             return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from steer_compile.passes.blocks import Block
-from steer_compile.passes.dataflow import Dataflow, module_path, op_name
+from steer_compile.passes.dataflow import Dataflow, dtype_of, module_path, op_name, same_dims, shape_of
 from steer_compile.passes.residual import Write, passes_back
 
 Path = tuple[str, ...]
@@ -31,8 +31,10 @@ class Segment:
     """From the previous write (or the stem) to the add, so that neighbours are a value and its reader."""
 
 
-def segments_of(flow: Dataflow, writes: list[Write], blocks: list[Block]) -> dict[int, Segment]:
-    """Segment of each write, by ``id(write)``, in order."""
+def segments_of(
+    flow: Dataflow, writes: list[Write], blocks: list[Block], entry: fx.Node | None = None
+) -> dict[int, Segment]:
+    """Segment of each write, by ``id(write)``, in order. ``entry`` enters the first block, where it is known."""
     block_of = {id(b.write): block for block in blocks for b in block.branches}
     result: dict[int, Segment] = {}
     before: Segment | None = None
@@ -41,14 +43,64 @@ def segments_of(flow: Dataflow, writes: list[Write], blocks: list[Block]) -> dic
         following = writes[i + 1] if i + 1 < len(writes) else None
         fork_after = following.fork if following is not None else _tail(flow, write, writes, block)
         again = before is not None and _looped(block_of.get(id(before.write)), block)
+        entering = before.leaving if again and before is not None else _entering(flow, write, block)
         before = result[id(write)] = Segment(
             write=write,
-            entering=before.leaving if again and before is not None else _entering(flow, write, block),
+            entering=entry if entry is not None and i == 0 else entering,
             leaving=_leaving(write, following, block, block_of, fork_after),
             fork_after=fork_after,
             skip_chain=[*write.path, *write.skip[1:], write.node],
         )
     return result
+
+
+def arrival(flow: Dataflow, write: Write) -> list[fx.Node]:
+    """Values from the stream that enters a graph cut between two blocks to the fork of its first write.
+
+    The first of them is an input of the graph, or the sum of the two in which engines hand the stream on. Empty where
+    inputs of the stream's shape are read in any other way.
+    """
+    shape = shape_of(write.fork) or ()
+    inputs = {n for n in flow.nodes if n.op == "placeholder" and _is_stream(flow, n, shape)}
+    todo, seen = [[write.fork]], {write.fork}
+    while todo:
+        path = todo.pop(0)
+        if inputs and _summed(flow, path[0]) == inputs:
+            return path
+        for back in passes_back(flow, path[0]):
+            if back.node not in seen:
+                seen.add(back.node)
+                todo.append([back.node, *path])
+    return []
+
+
+def _is_stream(flow: Dataflow, node: fx.Node, shape: tuple[object, ...]) -> bool:
+    """Whether an input is read, has the stream's shape, and is none of the model's parameters."""
+    dtype = dtype_of(node)
+    alike = dtype is not None and dtype.is_floating_point and same_dims(shape_of(node) or (), shape)
+    return alike and flow.is_activation(node) and bool(_readers(flow, node))
+
+
+def _readers(flow: Dataflow, node: fx.Node) -> list[fx.Node]:
+    """Who reads the numbers of a value, not its shape alone."""
+    return [user for user in flow.users[node] if user.op == "output" or flow.depends(user, node)]
+
+
+def _summed(flow: Dataflow, value: fx.Node) -> set[fx.Node]:
+    """The inputs of the graph that a value is or is the plain sum of, where it alone reads them."""
+    if value.op == "placeholder":
+        return {value}
+    found: set[fx.Node] = set()
+    if op_name(value) != "add" or len(value.args) != 2 or value.kwargs:
+        return found
+    for operand in flow.inputs[value]:
+        reader, source = value, operand
+        while source.op != "placeholder" and op_name(source) in ("to", "float") and _readers(flow, source) == [reader]:
+            reader, source = source, flow.inputs[source][0]
+        if source.op != "placeholder" or _readers(flow, source) != [reader]:
+            return set()
+        found.add(source)
+    return found
 
 
 def _looped(earlier: Block | None, block: Block | None) -> bool:

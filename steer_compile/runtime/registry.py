@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 
@@ -19,7 +20,7 @@ from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.site_monitors import SiteMonitors
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.tables import TableSet
-from steer_compile.runtime.vectors import PHASES, TokenSelection, finite, vector_set
+from steer_compile.runtime.vectors import PHASES, SiteKey, TokenSelection, finite, vector_set
 from steer_compile.spec import SteerSpec
 
 
@@ -39,18 +40,21 @@ class Handle:
 
 
 class Registry:
-    """What may be added to the stream, and in which rows it lies. Every change happens as a whole or not at all."""
+    """What may be added to the stream, and in which rows it lies. Every change happens as a whole or not at all.
 
-    def __init__(self, spec: SteerSpec) -> None:
+    ``elsewhere`` tells sites of another process of the same model: rows are taken for them, and hold nothing here.
+    """
+
+    def __init__(self, spec: SteerSpec, elsewhere: Callable[[SiteKey], bool] = lambda site: False) -> None:
         self._spec = spec
         self.tables = TableSet(spec)
         self._lock = threading.RLock()
-        self._scope = Scope(spec, self.tables)
+        self._scope = Scope(spec, self.tables, elsewhere)
         self._rows = RowStore(spec, self.tables, self._scope)
         self.sites = SiteMonitors(self.tables, self._scope, self._lock)
         self.named = NamedVectors()
         self._handles: dict[int, Handle] = {}
-        self._number = 0
+        self._numbers = count(1)
 
     def bind(self, plan: Plan, table: SiteTable, device: torch.device) -> None:
         """Allocate the plan's tensors and write what was set before the model was compiled.
@@ -190,8 +194,7 @@ class Registry:
             taken = self._rows.take(made)
             keys = tuple(key for key, _ in taken.values())
             prefill, decode = (taken[phase][1] if phase in taken else 0 for phase in PHASES)
-            self._number += 1
-            handle = Handle(self._number, names, keys, RowPlan((prefill, decode), tokens))
+            handle = Handle(next(self._numbers), names, keys, RowPlan((prefill, decode), tokens))
             self._handles[handle.number] = handle
             return handle
 
@@ -222,9 +225,8 @@ class Registry:
         factor = finite(scale)
         with self._lock, torch.no_grad():
             self._require_live(handle)
-            for row in handle.plan.rows:
-                if row:
-                    self._rows.set_scale(row, factor)
+            for row in filter(None, handle.plan.rows):
+                self._rows.set_scale(row, factor)
 
     def _require_live(self, handle: Handle) -> None:
         if self._handles.get(handle.number) is not handle:
@@ -237,6 +239,5 @@ class Registry:
             UnknownName: an unregistered vector set.
         """
         parts = [(config.base, config.scale), (config.tier(phase), config.scale)]
-        for name, scale in config.named:
-            parts.append((self.named.get(name), scale * config.scale))
+        parts += [(self.named.get(name), scale * config.scale) for name, scale in config.named]
         return Contents(tuple((v, s) for v, s in parts if v), config.monitors, config.clamps)

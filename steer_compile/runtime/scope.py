@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from steer_compile.errors import SiteNotFound
 from steer_compile.runtime.tables import TableSet
 from steer_compile.runtime.vectors import SiteKey
@@ -15,13 +17,16 @@ class Scope:
         partial: the graphs compiled so far are parts of a model (graph breaks), and further sites may follow.
     """
 
-    def __init__(self, spec: SteerSpec, tables: TableSet) -> None:
+    def __init__(
+        self, spec: SteerSpec, tables: TableSet, elsewhere: Callable[[SiteKey], bool] = lambda site: False
+    ) -> None:
         self.partial = False
+        self._elsewhere = elsewhere
         self._spec = spec
         self._tables = tables
 
     def check(self, family: str, site: SiteKey, numbers: int | None = None, whole: bool = False) -> None:
-        """Raise for data that a site cannot take; before a compile only the spec is asked.
+        """Raise for data that a site cannot take; before a compile, and for a site elsewhere, only the spec is asked.
 
         Args:
             family: op family of the data.
@@ -33,6 +38,8 @@ class Scope:
             VectorError: the site has another width.
         """
         self._check_spec(family, site)
+        if self._elsewhere(site):
+            return
         later = self.partial and not whole and not self._tables.families(site)
         if self._tables.device is not None and not later:
             self._tables.check(family, site, numbers)

@@ -50,7 +50,7 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         settings = settings_of(config)
         if settings is not None:
             check(config, settings.spec)
-        _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config))
+        _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config).whole)
         refuse_beam_search()
 
     return __init__
