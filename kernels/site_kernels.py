@@ -172,6 +172,17 @@ def store_scores(score, t, dots, STAGES: tl.constexpr):
 
 
 @triton.jit
+def _probes(probe, rowprobe, cols, d, H: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The probes that a token needs: that of its row only where it is decoded or scored."""
+    p = read_param(probe, cols, H, BLOCK, MONITOR & STAGES)
+    q = tl.zeros([BLOCK], tl.float32)
+    if ROW_MONITOR & STAGES:
+        if (d > 0) | ((SCORE & STAGES) != 0):
+            q = read_shared(rowprobe, cols, H, BLOCK)
+    return p, q
+
+
+@triton.jit
 def _projections(x, p, q, STAGES: tl.constexpr):
     """Scores of the site's and of the row's probe, in one reduction."""
     site_dot = 0.0
@@ -247,11 +258,7 @@ def site_row(
     if CAPTURE & STAGES:
         write_row(capture + at, cols, x.to(dtype), H, BLOCK)
     if not FIRST:
-        p = read_param(probe, cols, H, BLOCK, MONITOR & STAGES)
-        q = tl.zeros([BLOCK], tl.float32)
-        if ROW_MONITOR & STAGES:
-            if (d > 0) | ((SCORE & STAGES) != 0):
-                q = read_shared(rowprobe + line, cols, H, BLOCK)
+        p, q = _probes(probe, rowprobe + line, cols, d, H, BLOCK, STAGES)
     dots = _projections(x, p, q, STAGES)
     store_scores(score, t, dots, STAGES)
     tier_gate, row_gate, clamp_gate = behind_monitors(dots, monitors, factors, d, STAGES)

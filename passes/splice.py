@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.proxy import GraphAppendingTracer
 
 from steer_compile import torch_compat
 from steer_compile.errors import LoweringError
@@ -30,6 +29,7 @@ from steer_compile.kernels.detect import DetectArgs, detect
 from steer_compile.kernels.gates import FACTORS
 from steer_compile.kernels.steer_rows import SteerArgs, score_rows, steer_rows
 from steer_compile.kernels.store_rows import store_rows
+from steer_compile.passes.buffers import Buffers
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
 from steer_compile.passes.norms import norm_of_sum
 
@@ -53,13 +53,12 @@ def splice(gm: fx.GraphModule, plan: Plan, inputs: Mapping[str, fx.Node] | None 
         raise LoweringError(f"{missing[0].name} is planned at {missing[0].node}, which this graph does not have")
     flow = build_dataflow(graph)
     _read_written_values(flow)
-    splicer = _Splicer(plan, graph, flow, by_name, next(n for n in graph.nodes if n.op != "placeholder"))
-    splicer.buffers.update(inputs or {})
-    splicer.apart = inputs is not None
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    splicer = _Splicer(plan, graph, flow, by_name, first, Buffers(graph, first, dict(inputs or {}), inputs is not None))
     for edit in sorted(plan.edits, key=lambda e: flow.order[_made(flow, by_name[e.site.node])]):
         splicer.apply(edit)
     splicer.finish()
-    return tuple(splicer.buffers)
+    return tuple(splicer.buffers.nodes)
 
 
 def _made(flow: Dataflow, value: fx.Node) -> fx.Node:
@@ -90,30 +89,20 @@ class _Splicer:
     flow: Dataflow
     by_name: Mapping[str, fx.Node]
     first: fx.Node
-    buffers: dict[str, fx.Node] = field(default_factory=dict)
+    buffers: Buffers
     current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """What a value's next capture sees: the value behind all edits so far that every reader sees."""
     reads: dict[fx.Node, dict[fx.Node, fx.Node]] = field(default_factory=dict)
     """``value -> {reader: node that it reads in its place}``."""
-    apart: bool = False
-    """Whether each site computes for itself what others could share."""
-    views: dict[tuple[str, str, str], fx.Node] = field(default_factory=dict)
-    counts: dict[str, fx.Node] = field(default_factory=dict)
     following: dict[fx.Node, fx.Node] = field(default_factory=dict)
     gates: fx.Node | None = None
     """Factors of each token (T, 4), behind the monitors so far."""
     sums: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """Unrounded form of sums, and of steered sums, by the node that holds the rounded one."""
 
-    tracer: GraphAppendingTracer = field(init=False)
-    """One for all proxies: an operator takes proxies of one tracer only."""
-
-    def __post_init__(self) -> None:
-        self.tracer = GraphAppendingTracer(self.graph)
-
     def _proxy(self, node: fx.Node) -> Any:
         """The node as a value that takes any operator."""
-        return fx.Proxy(node, self.tracer)
+        return self.buffers.proxy(node)
 
     def apply(self, edit: Edit) -> None:
         value = self.by_name[edit.site.node]
@@ -137,21 +126,23 @@ class _Splicer:
     def _capture(self, edit: Edit, value: fx.Node) -> None:
         h: Any = self._proxy(self.current.get(value, value))
         bank = self._slot(edit, "capture")
-        store_rows(_batch_order(edit.site, _flat(edit.site, h)), bank, self._proxy(self._count(edit.site, h)))
+        store_rows(_batch_order(edit.site, _flat(edit.site, h)), bank, self._proxy(self.buffers.count(edit.site, h)))
 
     def _detect(self, edit: Edit, value: fx.Node) -> None:
         """Open gates for the sites behind, of one line for each token in the order of the batch."""
         site = edit.site
         h: Any = self._proxy(self.current.get(value, value))
         given = self._data(edit, h, False)
-        gates = None if self.gates is None else self._proxy(self._line_up(self.gates, site, h, False))
+        gates = (
+            None if self.gates is None else self._proxy(self.buffers.lined_up(self.gates, site, h, False, (FACTORS,)))
+        )
         args = DetectArgs(**{n: given[n] for n in DetectArgs._fields if n in given}, gates=gates)
         opened, found = detect(_flat(site, h), args, site.dtype)
-        count = self._proxy(self._count(site, h))
+        count = self._proxy(self.buffers.count(site, h))
         if "score" in edit.ops:
             store_rows(_batch_order(site, found), given["score"], count)
         self.gates = _batch_order(site, opened).reshape(count, FACTORS).node
-        if self.apart:
+        if self.buffers.apart:
             torch_compat.rename(self.gates, "steer_gates")
 
     def _steer(self, edit: Edit, value: fx.Node) -> None:
@@ -159,7 +150,7 @@ class _Splicer:
         if "score" in edit.ops:
             h: Any = self._proxy(self.current.get(value, value))
             found = score_rows(_flat(edit.site, h), self._steer_args(edit, h), edit.site.dtype)
-            count = self._proxy(self._count(edit.site, h))
+            count = self._proxy(self.buffers.count(edit.site, h))
             store_rows(_batch_order(edit.site, found), self._slot(edit, "score"), count)
         for source, group in self._sources(edit.site, value).items():
             h = self._proxy(source)
@@ -194,7 +185,7 @@ class _Splicer:
         return sources
 
     def _redirect(self, site: Site, value: fx.Node, source: fx.Node, group: list[fx.Node], steered: fx.Node) -> None:
-        if self.apart:  # an operator's own name would count on in a piece that has this value as an input
+        if self.buffers.apart:  # an operator's own name would count on in a piece that has this value as an input
             torch_compat.rename(steered, "steered")
         for reader in group:
             reader.replace_input_with(source, steered)
@@ -212,8 +203,8 @@ class _Splicer:
         stream: Any = self._proxy(operands[0])
         rows = [self._proxy(n).reshape(-1, edit.site.width) for n in operands]
         steering = self._steer_args(edit, stream, flat=True) if edit.ops != ("capture",) else SteerArgs()
-        capture = self._buffer(bank_name(edit.slot("capture").bank)) if "capture" in edit.ops else None
-        score = self._buffer(bank_name(edit.slot("score").bank)) if "score" in edit.ops else None
+        capture = self.buffers.read(bank_name(edit.slot("capture").bank)) if "capture" in edit.ops else None
+        score = self.buffers.read(bank_name(edit.slot("score").bank)) if "score" in edit.ops else None
         given: dict[str, Any] = {"capture": capture, "score": score}
         given |= steering._asdict() | self._norm_args(edit.fusion)
         given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": self._clamps(edit)}
@@ -251,9 +242,12 @@ class _Splicer:
     def _steer_args(self, edit: Edit, h: Any, flat: bool = False) -> SteerArgs:
         """Data of the edit as proxies; per-token data has the leading dimensions of the value, or one if ``flat``."""
         found = self._data(edit, h, flat)
-        if edit.gated and self.gates is not None:
-            found["gates"] = self._proxy(self._line_up(self.gates, edit.site, h, flat))
+        if edit.gated:
+            found["gates"] = self._gates(edit.site, h, flat)
         return SteerArgs(**{name: found[name] for name in SteerArgs._fields if name in found})
+
+    def _gates(self, site: Site, h: Any, flat: bool) -> Any:
+        return None if self.gates is None else self._proxy(self.buffers.lined_up(self.gates, site, h, flat, (FACTORS,)))
 
     def _data(self, edit: Edit, h: Any, flat: bool) -> dict[str, Any]:
         """The edit's banks by kind, and what each token reads of the step, as proxies."""
@@ -269,17 +263,17 @@ class _Splicer:
             tokens["decode"] = DECODE
         if "state" in kinds:
             tokens["slot"] = SLOT
-        found |= {name: self._proxy(self._per_token(buffer, site, h, flat)) for name, buffer in tokens.items()}
+        found |= {name: self._proxy(self.buffers.per_token(buffer, site, h, flat)) for name, buffer in tokens.items()}
         if "table" in kinds:
-            found["scale"] = self._buffer(SCALE)
+            found["scale"] = self.buffers.read(SCALE)
         return found
 
     def _slot(self, edit: Edit, kind: str) -> Any:
         slot = edit.slot(kind)
         part = slot_name(slot.bank, slot.index)
-        if part in self.buffers:
-            return self._buffer(part)
-        return self._buffer(bank_name(slot.bank))[slot.index]
+        if part in self.buffers.nodes:
+            return self.buffers.read(part)
+        return self.buffers.read(bank_name(slot.bank))[slot.index]
 
     def _clamps(self, edit: Edit) -> int:
         return self.plan.clamps if "clamp" in edit.ops else 0
@@ -289,38 +283,6 @@ class _Splicer:
         if value.op == "placeholder":
             return self.first
         return self.following.setdefault(value, _made(self.flow, value).next)
-
-    def _buffer(self, name: str) -> Any:
-        """The buffer, read once at the top of the graph: a proxy, which takes any operator."""
-        if name not in self.buffers:
-            with self.graph.inserting_before(self.first):
-                self.buffers[name] = self.graph.create_node("get_attr", name)
-        return self._proxy(self.buffers[name])
-
-    def _count(self, site: Site, h: Any) -> fx.Node:
-        """Number of tokens, computed at the first site of each layout."""
-        key = site.name if self.apart else site.layout
-        if key not in self.counts:
-            count = h.size(0) if site.layout == "flat" else h.size(0) * h.size(1)
-            self.counts[key] = count.node
-        return self.counts[key]
-
-    def _per_token(self, buffer: str, site: Site, h: Any, flat: bool) -> fx.Node:
-        """Data of each token in the site's layout, computed at the first site of each layout."""
-        key = (buffer, "flat" if flat else site.layout, site.name if self.apart else "")
-        if key not in self.views:
-            data = self._buffer(buffer).narrow(0, 0, self._proxy(self._count(site, h)))
-            self.views[key] = self._line_up(data.node, site, h, flat)
-        return self.views[key]
-
-    def _line_up(self, data: fx.Node, site: Site, h: Any, flat: bool) -> fx.Node:
-        """Lines of the tokens (T, ...) in batch order, with the leading dimensions of the value unless ``flat``."""
-        lines: Any = self._proxy(data)
-        if flat or site.layout == "flat":
-            return data
-        if site.layout == "time_first":
-            return lines.unflatten(0, (h.size(1), h.size(0))).transpose(0, 1).node  # type: ignore[no-any-return]
-        return lines.unflatten(0, (h.size(0), h.size(1))).node  # type: ignore[no-any-return]
 
 
 def _check(edit: Edit, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:

@@ -152,7 +152,7 @@ def test_hidden_units_of_a_probe() -> None:
     ids, oracle = _models.tokens(), Oracle(model, VECTORS)
     with runtime.steer(VECTORS, phase="decode"):
         found = _models.logits(steered, ids)
-        scores = runtime.scores(AT)[..., 0].clone()
+        scores = runtime.sites.scores(AT)[..., 0].clone()
     oracle.logits(ids, True)
     h = oracle.values[AT]
     wanted = h @ monitor.probe + torch.relu(h @ units.weight.T + units.bias) @ units.output
@@ -182,7 +182,7 @@ def test_a_step_gate_remembers_each_sequence_until_its_next_prompt(calls: list[t
         ids = _models.tokens(2, length if prompt else 1, 100 * seed + i)
         with runtime.steer(VECTORS, phase="prefill" if prompt else "decode"):
             found = _models.logits(steered, ids)
-            score = runtime.scores(AT)[:, -1, 0].clone()
+            score = runtime.sites.scores(AT)[:, -1, 0].clone()
         state = runtime.tables.view("state", AT)
         was = torch.zeros(2) if prompt else torch.where(score > 2.0, 1.0, torch.where(score < -2.0, 0.0, was))
         assert state[1:3, 0].tolist() == was.tolist()
@@ -214,10 +214,10 @@ def test_scores_without_steering_change_nothing_and_need_no_recompile(cross: boo
                 torch.testing.assert_close(_models.logits(steered, ids), plain, atol=1e-6, rtol=1e-6)
                 for site in EVERYWHERE:
                     wanted = oracle.values[site] @ direction(seed)
-                    torch.testing.assert_close(runtime.scores(site)[..., 0], wanted, atol=2e-5, rtol=2e-5)
+                    torch.testing.assert_close(runtime.sites.scores(site)[..., 0], wanted, atol=2e-5, rtol=2e-5)
                 wanted = oracle.values[AT][0] @ direction(70 + seed)
-                torch.testing.assert_close(runtime.scores(AT)[0, :, 1], wanted, atol=2e-5, rtol=2e-5)
-                assert not runtime.scores(AT)[1, :, 1].any()
+                torch.testing.assert_close(runtime.sites.scores(AT)[0, :, 1], wanted, atol=2e-5, rtol=2e-5)
+                assert not runtime.sites.scores(AT)[1, :, 1].any()
     assert len(backend.plans) == 1
 
 

@@ -29,7 +29,7 @@ FORBIDDEN = {
 }
 """Part of the package -> the parts that it does not import."""
 
-SHARED_BY_PASSES = ("dataflow", "residual", "spine", "blocks", "segments", "branch_ends", "layout", "norms")
+SHARED_BY_PASSES = ("buffers", "dataflow", "residual", "spine", "blocks", "segments", "branch_ends", "layout", "norms")
 """Parts of the search for the residual stream: passes import these, and these import no pass."""
 
 BEHIND_A_DOOR = (

@@ -148,26 +148,21 @@ class Registry:
         self.sites.set_tier(vectors, gain)
 
     def set_monitor(
-        self,
-        site: SiteLike,
-        probe: object = None,
-        threshold: float = 0.0,
-        sharpness: float = 1.0,
+        self, site: SiteLike, probe: object = None, threshold: float = 0.0, sharpness: float = 1.0,
         gate_rows: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Put a monitor at a site, where it gates the dynamic tier: ``sigmoid(sharpness * (h . probe - threshold))``.
 
         Args:
             site: ``("post_block", 3)`` or ``"layers.3.post_block"``.
-            probe: direction (H,), or a `Monitor` with its own settings; None takes the site's monitor away.
+            probe: direction (H,), or a `Monitor` of its own settings; None takes the site's away.
             gate_rows: it also gates the rows' vectors at decoded tokens.
 
         Raises:
-            VectorError: a bad probe, threshold or sharpness. SiteNotFound: a site without the op family ``monitor``.
+            VectorError: a bad probe or setting. SiteNotFound: a site without the op family ``monitor``.
         """
-        if probe is not None and not isinstance(probe, Monitor):
-            probe = Monitor(probe, threshold, sharpness)
-        self.sites.set_monitor(site, probe, gate_rows)
+        given = probe if probe is None or isinstance(probe, Monitor) else Monitor(probe, threshold, sharpness)
+        self.sites.set_monitor(site, given, gate_rows)
 
     # -- configurations -------------------------------------------------------------------------------------------
 

@@ -11,12 +11,11 @@ import torch
 
 from steer_compile.errors import NotSteered, SiteNotFound, SpecError, TooManyTokens
 from steer_compile.runtime.capture import CaptureLog
-from steer_compile.runtime.gates import SiteLike
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import PhaseTracker, RowPlan, token_rows
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.tables import KINDS
-from steer_compile.runtime.vectors import PHASES, SiteKey, site_key, vector_set
+from steer_compile.runtime.vectors import PHASES, SiteKey, vector_set
 from steer_compile.spec import SteerSpec
 
 __all__ = ["Handle", "Runtime"]
@@ -206,22 +205,6 @@ class Runtime(Registry):
             self._prove(calls, "captured")
         finally:
             self._logs[:] = [other for other in self._logs if other is not log]
-
-    def scores(self, site: SiteLike) -> torch.Tensor:
-        """Scores of the last call's tokens at a site with the op family ``score``, in front of any gate.
-
-        Returns:
-            A view (batch, length, 2) in fp32 on the model's device, which the next call overwrites: score of the site's
-            monitor, and of the monitor of the token's row; 0 where there is none.
-
-        Raises:
-            SiteNotFound: no such site, or without ``score``. NotSteered: no call yet.
-        """
-        key, (batch, length) = site_key(site), self._shape
-        self.tables.check("score", key)
-        if not self.calls:
-            raise NotSteered("no compiled graph ran yet, so there are no scores; call the model")
-        return self.tables.captured(batch * length, "score")[key].view(batch, length, 2)
 
     def _prove(self, calls: int, what: str) -> None:
         if self.calls == calls:

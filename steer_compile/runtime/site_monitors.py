@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steer_compile.errors import TooManyTokens, VectorError
+from steer_compile.errors import NotSteered, TooManyTokens, VectorError
 from steer_compile.runtime.gates import Monitor, SiteLike
 from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.tables import TableSet, numbers
@@ -76,6 +76,22 @@ class SiteMonitors:
                     f"the probe of layers.{site[1]}.{site[0]} has {units} hidden units and the spec has "
                     f"hidden={self._tables.spec.hidden}; raise it and compile again"
                 )
+
+    def scores(self, site: SiteLike) -> torch.Tensor:
+        """Scores of the last call's tokens at a site with the op family ``score``, in front of any gate.
+
+        Returns:
+            A view (batch, length, 2) in fp32 on the model's device, which the next call overwrites: score of the site's
+            monitor, and of the monitor of the token's row; 0 where there is none.
+
+        Raises:
+            SiteNotFound: no such site, or without ``score``. NotSteered: no call yet.
+        """
+        key, (batch, length, _) = site_key(site), self._call
+        self._tables.check("score", key)
+        if not length:
+            raise NotSteered("no compiled graph ran yet, so there are no scores; call the model")
+        return self._tables.captured(batch * length, "score")[key].view(batch, length, 2)
 
     def check_all(self, whole: bool = False) -> None:
         """Raise for what is set and does not fit (``whole``: all parts of the model ran).
