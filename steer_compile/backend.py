@@ -228,9 +228,16 @@ def _has_template(plan: Plan) -> bool:
 
 
 def _token_ids(gm: fx.GraphModule) -> int | None:
-    """Place of the argument that models call ``input_ids``, None where the graph has none."""
+    """Place of the argument that the graph's first embedding looks up, None where it has no such."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    return next((i for i, n in enumerate(placeholders) if "input_ids" in str(n.target).lower()), None)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is torch.nn.functional.embedding:
+            ids = node.args[0]
+            while isinstance(ids, fx.Node) and ids.op == "call_method" and ids.target in ("view", "reshape", "to"):
+                ids = ids.args[0]
+            if ids in placeholders:
+                return placeholders.index(ids)
+    return None
 
 
 class _TokenShape:
