@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from steer_compile import torch_compat
+from steer_compile.dynamic.plain import DynamicRuntime
 from steer_compile.errors import SiteNotFound, SpecError, SteerError
 from steer_compile.ir import Dim, Plan, Site, SiteTable
 from steer_compile.passes.find_sites import find_sites
@@ -17,7 +18,6 @@ from steer_compile.passes.fused_norms import opened_sums
 from steer_compile.passes.lower_edits import lower_edits
 from steer_compile.passes.plan_edits import plan_edits
 from steer_compile.passes.splice import attach, splice
-from steer_compile.runtime.runtime import Runtime
 from steer_compile.spec import SteerSpec
 
 Inner = str | Callable[..., Any]
@@ -39,7 +39,7 @@ class SteerBackend:
         self._partial = False
         self._compilers: list[Callable[..., Any]] = []
         self._launched: list[tuple[Plan, dict[str, torch.dtype], torch.device]] = []
-        self.runtime = Runtime(spec)
+        self.runtime = DynamicRuntime(spec)
         self.tables: list[SiteTable] = []
         self.plans: list[Plan] = []
         self.__name__ = "steer_backend"
@@ -138,9 +138,10 @@ class SteerBackend:
         self._launched.append((plan, weights, device))
         self._warm(plan, weights, device)
         shape = _TokenShape(gm, plan.edits[0].site)
-        return lambda inner: self._wrap(inner, shape, plan)
+        ids = _token_ids(gm)
+        return lambda inner: self._wrap(inner, shape, plan, ids)
 
-    def _wrap(self, inner: Callable[..., Any], shape: _TokenShape, plan: Plan) -> Callable[..., Any]:
+    def _wrap(self, inner: Callable[..., Any], shape: _TokenShape, plan: Plan, ids: int | None) -> Callable[..., Any]:
         runtime = self.runtime
         first_layer = min(e.site.layer for e in plan.edits)
         captured = tuple((e.site.hook, e.site.layer) for e in plan.edits if "capture" in e.ops)
@@ -148,7 +149,7 @@ class SteerBackend:
         def steered_graph(*args: Any) -> Any:
             runtime.before_call(first_layer, *shape(args))
             result = inner(*args)
-            runtime.after_call(captured)
+            runtime.after_call(captured, None if ids is None else args[ids])
             return result
 
         return steered_graph
@@ -224,6 +225,19 @@ def _norm_dtypes(gm: fx.GraphModule, plan: Plan) -> dict[str, torch.dtype]:
 
 def _has_template(plan: Plan) -> bool:
     return any(edit.lowering == "template" for edit in plan.edits)
+
+
+def _token_ids(gm: fx.GraphModule) -> int | None:
+    """Place of the argument that the graph's first embedding looks up, None where it has no such."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is torch.nn.functional.embedding:
+            ids = node.args[0]
+            while isinstance(ids, fx.Node) and ids.op == "call_method" and ids.target in ("view", "reshape", "to"):
+                ids = ids.args[0]
+            if ids in placeholders:
+                return placeholders.index(ids)
+    return None
 
 
 class _TokenShape:

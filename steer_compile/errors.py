@@ -23,6 +23,10 @@ class UnknownName(SteerError):
     """A vector set, hook or layer that was never registered."""
 
 
+class ChangedSet(VectorError):
+    """A named vector set that has other content than when something was decided by its name."""
+
+
 class TableFull(SteerError):
     """No row is free for another distinct steering configuration."""
 

@@ -22,9 +22,10 @@ APPLICATIONS = ("cli", "coverage", "demo")
 """What is built on the library; the library never imports it."""
 
 FORBIDDEN = {
-    "kernels": ("passes", "runtime", "vllm", *APPLICATIONS),
-    "passes": ("runtime", "vllm", *APPLICATIONS),
-    "runtime": ("passes", "vllm", *APPLICATIONS),
+    "kernels": ("passes", "runtime", "dynamic", "vllm", *APPLICATIONS),
+    "passes": ("runtime", "dynamic", "vllm", *APPLICATIONS),
+    "runtime": ("passes", "dynamic", "vllm", *APPLICATIONS),
+    "dynamic": ("passes", "kernels", "backend", "vllm", *APPLICATIONS),
     "vllm": APPLICATIONS,
 }
 """Part of the package -> the parts that it does not import."""
@@ -37,6 +38,7 @@ BEHIND_A_DOOR = (
     "kernels/site_kernels.py",
     "kernels/site_wide.py",
     "kernels/gate_kernels.py",
+    "steer_compile/dynamic/prometheus.py",
     "steer_compile/vllm/metrics.py",
     "steer_compile/vllm/requests.py",
     "steer_compile/vllm/server/plugin.py",
@@ -177,6 +179,8 @@ def test_every_named_module_exists() -> None:
         ("passes/spine.py", "from steer_compile.passes.find_sites import x", "a pass imports no other pass"),
         ("kernels/add.py", "from steer_compile.passes import spine", "kernels does not import passes"),
         ("steer_compile/runtime/tables.py", "import steer_compile.cli.main", "runtime does not import cli"),
+        ("steer_compile/runtime/runtime.py", "import steer_compile.dynamic.plain", "runtime does not import dynamic"),
+        ("steer_compile/dynamic/plain.py", "import steer_compile.vllm.rows", "dynamic does not import vllm"),
         ("steer_compile/backend.py", "import torch._inductor.config", "private torch API"),
         ("steer_compile/backend.py", "from torch import _dynamo", "private torch API"),
         ("steer_compile/backend.py", "import torch\ntorch._dynamo.reset()", "private torch API"),

@@ -35,6 +35,11 @@ class Contents:
         monitors = {**dict(self.monitors), **dict(own.monitors)}
         return Contents((*self.parts, *own.parts), tuple(monitors.items()), tuple(clamps.items()))
 
+    def scaled(self, factor: float) -> Contents:
+        """The same with a factor on its vectors."""
+        parts = self.parts if factor == 1.0 else tuple((vectors, scale * factor) for vectors, scale in self.parts)
+        return Contents(parts, self.monitors, self.clamps)
+
     def digest(self) -> str:
         """Equal contents have equal digests."""
         vectors = [f"{vectors.digest}*{scale!r}" for vectors, scale in self.parts]

@@ -270,6 +270,10 @@ def _unit(direction: object) -> torch.Tensor:
     return unit
 
 
+_UNBOUNDED = {"inf": math.inf, "-inf": -math.inf}
+"""Bounds that are none; as text, since JSON has no such numbers."""
+
+
 def _bounds(kind: str, threshold: float, low: float | None, high: float | None) -> tuple[float, float]:
     """Bounds of a decision function, with those that are left out.
 
@@ -277,7 +281,11 @@ def _bounds(kind: str, threshold: float, low: float | None, high: float | None) 
         VectorError: a bound that the kind does not have, or bounds in the wrong order.
     """
     given = [
-        b if b is None or b in (-math.inf, math.inf) else finite(b, f"the bound {name!r} of a monitor")
+        None
+        if b is None
+        else _UNBOUNDED[str(b)]
+        if str(b) in _UNBOUNDED
+        else finite(b, f"the bound {name!r} of a monitor")
         for name, b in (("low", low), ("high", high))
     ]
     if kind == "sigmoid" and given != [None, None]:

@@ -14,10 +14,11 @@ from steer_compile.ir import Bank, Plan, SiteTable
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.gates import Monitor, SiteLike, clamps_by_site
 from steer_compile.runtime.named import NamedVectors
+from steer_compile.runtime.override_rows import OverrideRows
 from steer_compile.runtime.row_store import RowStore
 from steer_compile.runtime.rows import RowKey, RowPlan
 from steer_compile.runtime.scope import Scope
-from steer_compile.runtime.site_monitors import SiteMonitors
+from steer_compile.runtime.site_state import SiteState
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.tables import TableSet
 from steer_compile.runtime.vectors import PHASES, SiteKey, TokenSelection, finite, vector_set
@@ -51,7 +52,8 @@ class Registry:
         self._lock = threading.RLock()
         self._scope = Scope(spec, self.tables, elsewhere)
         self._rows = RowStore(spec, self.tables, self._scope)
-        self.sites = SiteMonitors(self.tables, self._scope, self._lock)
+        self.overrides = OverrideRows(spec, self._rows, self._lock)
+        self.sites = SiteState(self.tables, self._scope, self._lock)
         self.named = NamedVectors()
         self._handles: dict[int, Handle] = {}
         self._numbers = count(1)
@@ -96,9 +98,8 @@ class Registry:
 
     @property
     def rows_in_use(self) -> int:
-        """Rows that live handles hold."""
-        with self._lock:
-            return self._rows.in_use
+        """Rows that live handles hold; for any thread, without waiting."""
+        return self._rows.in_use
 
     @property
     def names(self) -> dict[str, str]:
@@ -170,8 +171,7 @@ class Registry:
         """Take rows for a configuration; equal content shares rows.
 
         Raises:
-            TableFull: no free row. UnknownName: an unregistered vector set. VectorError, SiteNotFound: bad vectors,
-                monitors or clamps.
+            TableFull: no free row. UnknownName: an unregistered set. VectorError, SiteNotFound: what does not fit.
         """
         with self._lock:
             made = {phase: self.contents(config, phase) for phase in PHASES}

@@ -23,6 +23,7 @@ class RowStore:
         self._rows = RowAllocator(spec.rows)
         self._contents: dict[RowKey, Contents] = {}
         self._scales: dict[int, float] = {}
+        self._pinned: dict[int, Contents] = {}
         self._everyone: dict[str, Contents] = {phase: Contents() for phase in PHASES}
 
     @property
@@ -44,7 +45,7 @@ class RowStore:
 
     def check_all(self, whole: bool = False) -> None:
         """`check` for everything that is set."""
-        for contents in (*self._everyone.values(), *self._contents.values()):
+        for contents in (*self._everyone.values(), *self._contents.values(), *self._pinned.values()):
             self.check(contents, whole)
 
     def take(self, made: Mapping[str, Contents]) -> dict[str, tuple[RowKey, int]]:
@@ -99,6 +100,8 @@ class RowStore:
             contents.check_room(self._most_clamps)
         for (phase, _), own in self._contents.items():
             (everyone[phase] + own).check_room(self._most_clamps)
+        for own in self._pinned.values():
+            (everyone["decode"] + own).check_room(self._most_clamps)
         before, self._everyone = self._everyone, dict(everyone)
         try:
             self.write_all()
@@ -113,12 +116,56 @@ class RowStore:
         if self._tables.device is not None:
             self._tables.scale[row] = scale
 
+    def scale(self, row: int) -> float:
+        """Factor on the vectors of a row."""
+        return self._scales.get(row, 1.0)
+
+    @property
+    def everyone(self) -> dict[str, Contents]:
+        """What every row holds beside its own, by phase."""
+        return self._everyone
+
+    def own(self, row: int) -> Contents:
+        """What a row of a configuration holds beside everyone's, with its factor; nothing for any other row."""
+        key = next((key for key, taken in self._rows.live().items() if taken == row), None)
+        if key is None:
+            return Contents()
+        contents, scale = self._contents[key], self.scale(row)
+        return contents if scale == 1.0 else contents.scaled(scale)
+
+    def pin(self, row: int, contents: Contents) -> None:
+        """Write a row of the pool of overrides, and keep it up to date with everyone's decode data.
+
+        Raises:
+            VectorError, SiteNotFound: contents that do not fit; the row stays as it was.
+        """
+        self.check(contents)
+        (self._everyone["decode"] + contents).check_room(self._most_clamps)
+        before = self._pinned.get(row)
+        try:
+            self._write(row, "decode", contents)
+        except VectorError:
+            if before is not None:
+                self._write(row, "decode", before)
+            raise
+        self._pinned[row] = contents
+
+    def unpin(self, row: int) -> None:
+        """Forget a row of the pool of overrides."""
+        self._pinned.pop(row, None)
+        self._scales.pop(row, None)
+
     def write_all(self) -> None:
         """Write every row that is in use, and those of tokens without one."""
         for phase, row in GLOBAL_ROWS.items():
             self._write(row, phase, Contents())
         for key, row in self._rows.live().items():
             self._write(row, key[0], self._contents[key])
+            self.set_scale(row, self._scales[row])
+        for row, own in self._pinned.items():
+            self._write(row, "decode", own)
+            self.set_scale(row, self._scales.get(row, 1.0))
+        for row in set(GLOBAL_ROWS.values()) & self._scales.keys():
             self.set_scale(row, self._scales[row])
 
     def _write(self, row: int, phase: str, own: Contents) -> None:

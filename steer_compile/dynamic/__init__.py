@@ -1,0 +1,1 @@
+"""Dynamic steering: what is read from the stream decides, step by step, what is added to it."""

@@ -1,0 +1,176 @@
+"""`Calls`: what happens in front of and behind each call of a compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from steer_compile.errors import NotSteered, SpecError, TooManyTokens
+from steer_compile.runtime.capture import CaptureLog
+from steer_compile.runtime.registry import Handle, Registry
+from steer_compile.runtime.rows import PhaseTracker, RowPlan, Step, token_rows
+from steer_compile.runtime.vectors import SiteKey
+from steer_compile.spec import SteerSpec
+
+
+@dataclass
+class _Batch:
+    """Who the elements of the next calls are: one handle for all, or one each."""
+
+    handles: tuple[Handle | None, ...] = ()
+    everyone: Handle | None = None
+    names: tuple[str, ...] = ()
+    conversations: tuple[str, ...] = ()
+
+    def holds(self, handle: Handle) -> bool:
+        return any(own is handle for own in (self.everyone, *self.handles))
+
+    def plans(self, size: int) -> list[RowPlan]:
+        if not self.handles:
+            return [self.everyone.plan if self.everyone else RowPlan()] * size
+        if len(self.handles) != size:
+            raise NotSteered(
+                f"{len(self.handles)} rows are assigned but the call has {size} sequences; "
+                "assign one handle or None to each"
+            )
+        return [h.plan if h else RowPlan() for h in self.handles]
+
+    def names_of(self, size: int) -> tuple[str, ...]:
+        """Names of the elements, which count them where none are given."""
+        for what, given in (("names", self.names), ("conversations", self.conversations)):
+            if given and len(given) != size:
+                raise NotSteered(f"{len(given)} {what} are given but the call has {size} sequences; give one for each")
+        return self.names or tuple(map(str, range(size)))
+
+
+class Calls(Registry):
+    """Who the elements of a call are, which rows their tokens read, and what is done behind the call."""
+
+    def __init__(self, spec: SteerSpec) -> None:
+        super().__init__(spec)
+        self.phases = PhaseTracker()
+        self.calls = 0
+        self._batches = [_Batch()]
+        self._version = 0
+        self._index_key: object = None
+        self._planned: tuple[int, int, tuple[list[RowPlan], bool]] = (-1, 0, ([], False))
+        self._last_layer: int | None = None
+        self._continued = False
+        self._shape = (0, 0)
+        self._logs: list[CaptureLog] = []
+
+    def assign(
+        self,
+        handles: Sequence[Handle | None] | Handle | None,
+        names: Sequence[str] = (),
+        conversations: Sequence[str] = (),
+    ) -> None:
+        """Who the elements of the next calls are: one handle or None each, or one for all.
+
+        Args:
+            names: of each element, for dynamic steering; "0", "1", ... where none are given.
+            conversations: what each belongs to, "" for nothing.
+
+        Raises:
+            UnknownName: a handle that is not live. SpecError: names that are no texts, or one given twice.
+        """
+        called = (_texts("names", names), _texts("conversations", conversations))
+        if len(set(called[0])) < len(called[0]):
+            raise SpecError(f"names={names!r} gives a name twice; give each sequence its own")
+        with self._lock:
+            if handles is None or isinstance(handles, Handle):
+                batch = _Batch((), handles, *called)
+            else:
+                batch = _Batch(tuple(handles), None, *called)
+            for handle in (batch.everyone, *batch.handles):
+                if handle is not None:
+                    self._require_live(handle)
+            self._batches[-1] = batch
+            self._version += 1
+
+    def release(self, handle: Handle) -> None:
+        """Give a handle's rows back.
+
+        Raises:
+            UnknownName: the handle is not live. NotSteered: it is still assigned.
+        """
+        with self._lock:
+            if any(batch.holds(handle) for batch in self._batches):
+                raise NotSteered(f"handle {handle.number} is assigned to the next calls; assign other rows first")
+            super().release(handle)
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def before_call(self, first_layer: int, batch: int, length: int) -> None:
+        """Called in front of each compiled graph: set the rows of its tokens.
+
+        Raises:
+            TooManyTokens: more tokens than the spec has room for. NotSteered: the batch does not fit the assignment.
+        """
+        last, shape = self._last_layer, (batch, length)
+        self._continued = last is not None and first_layer > last and shape == self._shape
+        self._last_layer = first_layer
+        if self._continued:
+            return
+        self._last_layer = None  # a call that is refused here is none that a later graph could continue
+        with self._lock, torch.no_grad():
+            count = batch * length
+            if count > self._spec.max_tokens:
+                raise TooManyTokens(
+                    f"the call has {batch} x {length} = {count} tokens but the spec has "
+                    f"max_tokens={self._spec.max_tokens}; raise it and compile again, or split the call"
+                )
+            if count:
+                self._set_rows(batch, length)
+            self.calls += 1
+            self._last_layer, self._shape = first_layer, shape
+
+    def _plans(self, batch: int) -> tuple[list[RowPlan], bool]:
+        """Plan of each element, and whether one steers some tokens only; made once for an assignment."""
+        if self._planned[:2] != (self._version, batch):
+            plans = self._batches[-1].plans(batch)
+            self._planned = (self._version, batch, (plans, any(p.tokens is not None for p in plans)))
+        return self._planned[2]
+
+    def _set_rows(self, batch: int, length: int) -> None:
+        """Write the row of every token, unless the tables hold just these."""
+        self._plans(batch)  # refused before the phase moves on
+        step = self.phases.advance(batch, length)
+        self._begin(step)
+        plans, selective = self._plans(batch)
+        padded = self.phases.prompts is not None and step.phase == "prefill"
+        moving = padded or selective
+        key = (self._version, step) if moving else (self._version, step.phase, batch, length)
+        if key != self._index_key:
+            self.tables.index(token_rows(step, plans))
+            self._index_key = key
+        self.sites.before_call(batch, length, step.phase == "decode")
+
+    def after_call(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None = None) -> None:
+        """Called behind each compiled graph: let open capture logs take the sites that it stored.
+
+        Args:
+            token_ids: ids of the call's tokens (batch, length), where the graph has them.
+        """
+        batch, length = self._shape
+        values = self.tables.captured(batch * length) if captured and self._logs else {}
+        for log in list(self._logs):
+            log.take({key: values[key] for key in captured}, self._shape, self._continued)
+        self._end(captured, token_ids)
+
+    def _begin(self, step: Step) -> None:
+        """In front of a call, when its phase is known and its rows are not written."""
+
+    def _end(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
+        """Behind each compiled graph."""
+
+    def _leave(self) -> None:
+        """On leaving a `steer` block, while its rows are assigned."""
+
+
+def _texts(what: str, given: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str) or not all(isinstance(item, str) for item in given):
+        raise SpecError(f"{what}={given!r} is no list of texts; give one text for each sequence")
+    return tuple(given)
