@@ -23,7 +23,8 @@ from steer_compile.runtime.vectors import vector_set
 
 LAYERS = (1, 2)
 """Where the vector is added, and where the projection is held."""
-MEMORY = 0.8
+MEMORY, FARTHEST = 0.8, 1.5
+"""Of the running mean from one step to the next; how far off one token counts at most (a line break lies at 8)."""
 PROMPTS = {"scripture": "And it came to pass in those days, that the king of Israel sent "}
 
 
@@ -32,7 +33,7 @@ class Pid:
     """Gains of the loop and the bound of its output; the integral stands still while the output is at the bound."""
 
     proportional: float = 0.6
-    integral: float = 0.08
+    integral: float = 0.12
     derivative: float = 0.2
     most: float = 4.0
 
@@ -40,7 +41,7 @@ class Pid:
         """Output for an error; ``state`` keeps the integral and the last error."""
         change = error - state.get("error", error)
         total = state.get("total", 0.0) + error
-        output = self.proportional * error + self.integral * total + self.derivative * change
+        output: float = self.proportional * error + self.integral * total + self.derivative * change
         if abs(output) <= self.most:
             state["total"] = total
         state["error"] = error
@@ -65,7 +66,7 @@ class SetPoint(Traced):
         return [height for begin, height in self.points if begin <= step][-1]
 
     def decide(self, request: RequestView, values: Values, state: RequestState) -> Decision | None:
-        now = self.place(self.score_axis, values)
+        now = max(-FARTHEST, min(FARTHEST, self.place(self.score_axis, values)))
         mean = state.data["mean"] = now + MEMORY * (state.data.get("mean", now) - now)
         gain = 0.0
         if self.name != "unsteered":
@@ -76,9 +77,9 @@ class SetPoint(Traced):
 
 def run(stage: Stage, tokens: int, points: Sequence[tuple[int, float]]) -> list[Trace]:
     """Without and with the loop, of the same prompt and the same noise."""
-    axes = [stage.axis(layer) for layer in LAYERS]
+    act, read = (stage.axis(layer) for layer in LAYERS)
     names = ("unsteered", "held")
-    return [stage.run(SetPoint(name, *axes, points, Pid()), PROMPTS, tokens) for name in names]
+    return [stage.run(SetPoint(name, act, read, points, Pid()), PROMPTS, tokens) for name in names]
 
 
 def errors(trace: Trace, points: Sequence[tuple[int, float]]) -> list[float]:
@@ -98,7 +99,7 @@ def main(
 ) -> None:
     """Hold a projection at a set point, change that half way, and draw what happened."""
     stage = Stage(LAYERS, len(PROMPTS), inner)
-    points = [(0, 0.0), (tokens // 2, 0.6)]
+    points = [(0, 0.0), (tokens // 2, 0.5)]
     traces = run(stage, tokens, points)
     found: dict[str, Any] = {
         "set_points": points,

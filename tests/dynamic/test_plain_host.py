@@ -116,7 +116,12 @@ def test_views_show_what_a_capture_does_and_whose_rows_are_whose() -> None:
     model, dynamic = compiled(backend), backend.runtime.dynamic
     script = Script()
     dynamic.add(script)
-    steer = {"rows": [None] * 3, "prompt_lengths": [5, 3, 4], "names": ["a", "b", "c"], "conversations": ["x", "", "y"]}
+    steer: dict[str, Any] = {
+        "rows": [None] * 3,
+        "prompt_lengths": [5, 3, 4],
+        "names": ["a", "b", "c"],
+        "conversations": ["x", "", "y"],
+    }
     with backend.runtime.capture() as log:
         logits_of(model, backend, steps=2, **steer)
     for view, values, step in zip(script.views, script.values, log.steps, strict=True):
