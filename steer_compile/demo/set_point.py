@@ -19,7 +19,6 @@ from steer_compile.demo.dynamic_plot import draw_traces
 from steer_compile.demo.dynamic_run import Axis, Stage, Trace, Traced
 from steer_compile.dynamic.steering_controller import Decision, RequestState, Values
 from steer_compile.dynamic.views import RequestView
-from steer_compile.runtime.vectors import vector_set
 
 LAYERS = (1, 2)
 """Where the vector is added, and where the projection is held."""
@@ -59,7 +58,7 @@ class SetPoint(Traced):
     def __init__(self, name: str, act: Axis, read: Axis, points: Sequence[tuple[int, float]], pid: Pid) -> None:
         super().__init__(name, read, read)
         self.points, self.pid = points, pid
-        self.pushes = {sign: vector_set({act.site: sign * act.vector}) for sign in (1.0, -1.0)}
+        self.pushes = {sign: Decision({act.site: sign * act.vector}) for sign in (1.0, -1.0)}
 
     def wanted(self, step: int) -> float:
         """The set point of a step."""
@@ -72,7 +71,7 @@ class SetPoint(Traced):
         if self.name != "unsteered":
             gain = self.pid.step(self.wanted(state.steps) - mean, state.data)
         self.keep(request.request, values, mean, gain)
-        return Decision(self.pushes[1.0 if gain > 0 else -1.0], gain=abs(gain), score=mean) if gain else None
+        return self.pushes[1.0 if gain > 0 else -1.0].at(mean, abs(gain)) if gain else None
 
 
 def run(stage: Stage, tokens: int, points: Sequence[tuple[int, float]]) -> list[Trace]:
