@@ -107,7 +107,7 @@ class DeclarativeGates(SteeringController):
         if made is None or made[0] is not program or made[1] != more:
             made = state.data["made"] = (program, more, program.decision(more))
         found: Decision | None = made[2]
-        return found if found is None or best is None else found.scored(best)
+        return found if found is None or best is None else found.at(best)
 
     def settled(self, outcomes: Sequence[Outcome]) -> None:
         super().settled(outcomes)

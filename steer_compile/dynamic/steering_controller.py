@@ -57,10 +57,15 @@ class Decision:
         object.__setattr__(self, "score", score)
         object.__setattr__(self, "latch", latch)
 
-    def scored(self, score: float) -> Self:
-        """The same with another score."""
+    def at(self, score: float | None, gain: float | None = None) -> Self:
+        """The same with another score and gain; its vectors are not checked again, so this is for each step.
+
+        Raises:
+            VectorError: a bad gain.
+        """
+        factor = self.gain if gain is None else strength(gain, "the gain of a decision")
         made = type(self).__new__(type(self))
-        vars(made).update(vars(self) | {"score": score})
+        vars(made).update(override=self.override, gain=factor, score=score, latch=self.latch)
         return made
 
     @property

@@ -17,7 +17,6 @@ from steer_compile.dynamic.latches import Latches
 from steer_compile.dynamic.steering_controller import Decision, RequestState, SteeringController, Values
 from steer_compile.dynamic.views import RequestView, StepView
 from steer_compile.errors import SpecError, UnknownName
-from steer_compile.runtime.vectors import vector_set
 from tests.dynamic._world import SITE, WIDTH, World, unit
 
 ON, OFF = [2.0, 0, 0, 0], [0.0] * 4
@@ -68,8 +67,8 @@ def test_an_override_follows_the_score_and_is_asked_for_only_when_that_changes()
 
 
 def test_a_gain_alone_changes_no_vector() -> None:
-    world, vectors = World(), vector_set(unit(1))
-    controller = By(lambda r, v, s: Decision(vectors, gain=v.score(SITE)))
+    world, decision = World(), Decision(unit(1))
+    controller = By(lambda r, v, s: decision.at(None, v.score(SITE)))
     world.dynamic.add(controller)
     for size in (1.0, 3.0, 3.0, 0.0):
         world.step({"a": [size, 0, 0, 0]})
