@@ -127,7 +127,7 @@ def test_a_probe_of_this_token_goes_into_the_row() -> None:
     world.dynamic.begin()
     row = world.routes["a"]
     assert world.registry.tables.view("rowprobe", SITE)[row].tolist() == WHEN["probe"]
-    assert world.registry.tables.view("rowprobe_set", SITE)[row].tolist() == [1.0, 4.0]
+    assert world.registry.tables.view("rowprobe_set", SITE)[row].tolist() == [1.0, 4.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
     assert world.line(row) == [0, 1, 0, 0]
 
 
