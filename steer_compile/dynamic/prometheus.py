@@ -17,7 +17,7 @@ _GAUGES = {
 }
 
 
-class StatusCollector(Collector):  # type: ignore[misc]
+class StatusCollector(Collector):
     """Shows what a function gives as metrics, read when they are scraped."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:
