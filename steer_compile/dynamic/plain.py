@@ -28,6 +28,7 @@ class DynamicRuntime(Runtime):
         self._dynamic: Dynamics | None = None
         self._routes: dict[str, int] = {}
         self._now: tuple[Step, tuple[str, ...], tuple[str, ...]] | None = None
+        self._running = False  # a step began that the controllers have not seen
         self._unseen: tuple[Collection[SiteKey], torch.Tensor | None] | None = None
 
     @property
@@ -89,11 +90,14 @@ class DynamicRuntime(Runtime):
             self._dynamic.interrupt(names)
         elif names != before:
             self._dynamic.finish([name for name in before if name not in names], keep_gates=True)
+        self._running = True
         self._dynamic.begin()
 
     def _end(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
-        if self._dynamic is None or not self._dynamic.controllers or self._now is None:
+        if self._dynamic is None or not self._dynamic.controllers or not self._running:
             return
+        if token_ids is None and self._unseen is not None:
+            token_ids = self._unseen[1]  # of the part of the model that has them
         self._unseen = (captured, token_ids)
         if not self._scope.partial:  # else a later part of the model may still run in this call
             self._look()
@@ -102,7 +106,7 @@ class DynamicRuntime(Runtime):
         """Show the last step to the controllers, if they have not seen it."""
         if self._unseen is None or self._now is None or self._dynamic is None:
             return
-        (captured, token_ids), self._unseen = self._unseen, None
+        (captured, token_ids), self._unseen, self._running = self._unseen, None, False
         step, names, conversations = self._now
         values = self.tables.captured(step.batch * step.length)
         tensors = values if self._scope.partial else {site: values[site] for site in captured}
