@@ -255,3 +255,17 @@ def test_latches_keep_to_their_bounds_and_evict_what_was_not_used_for_longest(
 def test_latches_without_room_are_refused() -> None:
     with pytest.raises(SpecError, match="room for 0 conversations and 1 bytes"):
         Latches(0, 1)
+
+
+def test_what_was_asked_for_a_request_that_ended_is_forgotten() -> None:
+    world = World()
+    world.dynamic.add(By(fires()))
+    world.step({"a": ON, "b": ON})
+    world.dynamic.finish(["a"])
+    world.step({"b": ON})
+    assert set(world.routes) == {"b"}
+    world.dynamic.interrupt(["b"])
+    world.step({"b": ON})
+    world.dynamic.begin()
+    assert set(world.routes) == {"b"}
+    assert world.dynamic.status()["actions"]["rejected"] == {}

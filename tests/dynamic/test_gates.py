@@ -77,6 +77,8 @@ REFUSED: list[tuple[Any, type[SteerError], str]] = [
     ([gate(apply={"add": {"vectors": {NAME: [1.0]}}})], SteerError, "has 1 numbers but the site is 4 wide"),
     ([gate(apply=add(site="layers.9.post_block"))], SiteNotFound, "no compiled graph has layers.9.post_block"),
     ([gate("next_step", {**WHEN, "site": "layers.9.post_block"})], SiteNotFound, "is read between steps, and the spec"),
+    ([gate("next_step", {**WHEN, "probe": [1.0]})], SteerError, "has 1 numbers but the site is 4 wide"),
+    ([gate(when={**WHEN, "probe": [1.0]})], SteerError, "has 1 numbers but the site is 4 wide; give one"),
     ([gate(apply={"clamp": {NAME: [{"direction": [1.0, 0, 0, 0], "hi": 1.0}] * 5}})], SteerError, "gets 5 clamps"),
 ]
 

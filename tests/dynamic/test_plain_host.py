@@ -249,6 +249,7 @@ def test_in_a_model_of_several_graphs_a_controller_sees_the_whole_step() -> None
         model(_models.tokens(2, 4))
     assert len(script.views) == 2
     assert set(script.views[0].tensors) == {("post_block", n) for n in range(3)}
+    assert [r.token_ids.tolist() for r in script.views[1].requests] == _models.tokens(2, 4).tolist()
     assert [torch.equal(v, s[SITE].flatten(0, 1)) for v, s in zip(script.values, log.steps, strict=True)] == [True] * 2
 
 
