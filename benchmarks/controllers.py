@@ -52,14 +52,14 @@ def free_running(work: Workload, name: str, calls: int) -> float:
     return (time.perf_counter() - start) / calls * 1e6
 
 
-def copies(work: Workload, name: str, calls: int) -> tuple[float, float]:
-    """Copies from the device to the host in a call, and their bytes."""
+def copies(work: Workload, name: str, calls: int) -> float:
+    """Copies from the device to the host in a call."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(calls):
             work.step(name)
         torch.cuda.synchronize()
     found = [e for e in profiler.profiler.kineto_results.events() if "DtoH" in e.name()]
-    return len(found) / calls, sum(e.nbytes() for e in found) / calls
+    return len(found) / calls
 
 
 def submit_microseconds(runtime: Any, count: int = 500) -> float:
@@ -111,7 +111,7 @@ def main() -> None:
                 wall, host = timing.wall_and_host(partial(work.step, "steered"), options.calls)
                 found = {"wall": wall, "host": host, "free": free_running(work, "steered", options.calls)}
                 found["kernel"] = timing.kernels(partial(work.step, "steered"), 5).microseconds
-                found["copies"], found["bytes"] = copies(work, "steered", 5)
+                found["copies"] = copies(work, "steered", 5)
                 for name, value in found.items():
                     taken.setdefault((variant, name), []).append(value)
                 status = runtime.dynamic.status()
