@@ -43,6 +43,10 @@ class OverrideRows:
         """The factor of a row."""
         return self._store.scale(row)
 
+    def own(self, row: int) -> Contents:
+        """What a row of a configuration holds beside everyone's, with its factor."""
+        return self._store.own(row)
+
     @property
     def everyone(self) -> Contents:
         """What every decoded token gets."""

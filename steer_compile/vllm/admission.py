@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import count
 from typing import Any
 
 from steer_compile.vllm.requests import digests
@@ -74,12 +75,27 @@ def _take_away(counts: Counter[RowKey], keys: Iterable[RowKey]) -> None:
             del counts[key]
 
 
+_OWN = "steer_compile_own"
+_numbers = count(1)
+
+
+def own_blocks(request: Any) -> None:
+    """A request of an engine with dynamic steering begins: what it generates is its alone.
+
+    It is told by a number, as identifiers may be taken again.
+    """
+    vars(request)[_OWN] = str(next(_numbers))
+
+
 def block_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
     """What the key of a cached block of tokens ``start`` to ``end`` says of steering.
 
     A block of prompt tokens carries what is added in prefill, one of generated tokens what is added in decode, and one
     with both carries both and where the prompt ends: the same tokens as one prompt, as in the next turn of a chat, were
     steered otherwise. Steering of decoded tokens alone leaves the prompt's blocks to be shared with everyone.
+
+    Where an engine may change the steering of generated tokens while a request runs, their blocks are the request's
+    own: what acted on them is in no digest.
     """
     prefill, decode = digests_of(request)
     keys: list[tuple[str, str]] = []
@@ -89,4 +105,7 @@ def block_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...
         keys.append(("steer_decode", decode))
     if (prefill or decode) and start < request.num_prompt_tokens < end:
         keys.append(("steer_prompt_end", str(request.num_prompt_tokens - start)))
+    own = vars(request).get(_OWN)
+    if own and end > request.num_prompt_tokens:
+        keys.append(("steer_dynamic", own))
     return tuple(keys)
