@@ -42,7 +42,8 @@ class _Step:
 class RequestDynamics(Host):
     """The host of vLLM's requests.
 
-    A request decodes in a step if the first of its tokens there lies behind its prompt.
+    A request decodes in a step if the first of its tokens there lies behind its prompt. One that a step leaves out is
+    where controllers have seen it last.
 
     Attributes:
         control: actions, overrides and controllers.
@@ -55,6 +56,7 @@ class RequestDynamics(Host):
         self._registry = registry
         self._rows = rows
         self._conversations: dict[str, str] = {}
+        self._decoding: set[str] = set()
         self._now: _Step | None = None
         self._phases: dict[str, str] | None = None
 
@@ -67,7 +69,8 @@ class RequestDynamics(Host):
             self._phases = {
                 name: "decode" if decodes else "prefill" for name, decodes in zip(now.requests, decoding, strict=True)
             }
-        return None if self._phases is None else self._phases.get(request)
+        found = self._phases.get(request) if self._phases is not None else None
+        return "decode" if found is None and request in self._decoding else found
 
     def admitted(self, request: str) -> Contents:
         return self._registry.overrides.own(self._rows.row(request))
@@ -83,6 +86,7 @@ class RequestDynamics(Host):
     def begun(self, request: str, asked: Mapping[str, Any]) -> None:
         """A request begins, with what the front end sends for its gates; or it begins again, and keeps its gates."""
         if request in self._conversations:
+            self._decoding.discard(request)
             self.control.interrupt((request,))
             return
         self._conversations[request] = asked.get("conversation", "")
@@ -98,6 +102,7 @@ class RequestDynamics(Host):
         if gone:
             self.control.finish(gone)
         stopped = tuple(preempted)
+        self._decoding.difference_update(gone, stopped)
         if stopped:
             self.control.interrupt(stopped)
 
@@ -129,6 +134,8 @@ class RequestDynamics(Host):
                 ids[i] if ids else NO_TOKENS, self._conversations.get(request, ""),
             )  # fmt: skip
             views.append(view)
+            if view.decodes_next:
+                self._decoding.add(request)
             first += count
         with torch.no_grad():
             captured, scores = tables.captured(tokens), tables.captured(tokens, "score")
