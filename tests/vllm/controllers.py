@@ -30,6 +30,13 @@ class Seen:
     values: dict[Any, torch.Tensor] = field(default_factory=dict)
 
 
+class Idle(Controller):
+    """Asks for nothing."""
+
+    def on_step(self, view: StepView) -> Iterable[Action]:
+        return ()
+
+
 class Script(Controller):
     """Pushes requests whose conversation is ``target`` from a position on, for some steps; keeps what it saw.
 

@@ -40,12 +40,12 @@ def when(threshold: float, sharpness: float = 1.0) -> dict[str, Any]:
     return {"site": SITE, "probe": vector(6).tolist(), "threshold": threshold, "sharpness": sharpness}
 
 
-def gate(when: Any = "always", scope: str = "this_token", **apply: Any) -> dict[str, Any]:
+def gate(when: Any = "always", scope: Any = "this_token", **apply: Any) -> dict[str, Any]:
     return {"when": when, "scope": scope, "apply": apply}
 
 
-ADD = {"add": {"vectors": {SITE: PUSH.tolist()}}}
-NAMED = {"add": {"named": ["calm"]}}
+ADD: dict[str, Any] = {"add": {"vectors": {SITE: PUSH.tolist()}}}
+NAMED: dict[str, Any] = {"add": {"named": ["calm"]}}
 DECODE = at(1, PUSH, "decode")
 
 
