@@ -3,7 +3,7 @@ SHELL := bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm test test-vllm coverage lint format clean distclean
+.PHONY: help demo demo-dynamic demo-vllm test test-vllm coverage lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -11,6 +11,11 @@ help: ## list the targets
 demo: ## steer and capture a small model and write the outputs to out/demo
 	@scripts/bootstrap.sh demo
 	$(BIN)/steer-compile demo
+
+demo-dynamic: ## controllers that steer by what they read from the stream; writes plots to out/dynamic
+	@scripts/bootstrap.sh demo
+	$(BIN)/python -m steer_compile.demo.engage
+	$(BIN)/python -m steer_compile.demo.set_point
 
 demo-vllm: ## the demo model behind vLLM's server on the CPU, steered by request; writes out/demo-vllm
 	@scripts/bootstrap.sh test

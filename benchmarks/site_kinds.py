@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer_compile import Clamp, Monitor, Steering, SteerSpec
+from steer_compile import Clamp, HookSelection, Monitor, Steering, SteerSpec
+from steer_compile.runtime.gates import Hidden
 from steer_compile.runtime.rows import PhaseTracker
 
 HOOKS = ("post_attn", "post_block")
+DETECTOR = 2
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,16 @@ class Kind:
     goal: str = "none, for comparison"
     idle: bool = False
     opaque: bool = False
+    detect: tuple[str, ...] = ()
+    """What opens gates behind the third block, for all sites behind it."""
 
     def spec(self, max_tokens: int) -> SteerSpec:
-        steer = HOOKS if self.ops else ()
+        steer: list[Any] = [HookSelection(hook, "all", self.ops) for hook in HOOKS if self.ops]
+        steer += [HookSelection("post_block", [DETECTOR], self.detect)] if self.detect else []
         capture = HOOKS if self.capture else ()
         return SteerSpec(
-            steer=steer, capture=capture, ops=self.ops or ("add",), rows=8, max_tokens=max_tokens, clamps=4,
-            lowering=self.lowering,
+            steer=steer, cross_layer=bool(self.detect), capture=capture, ops=self.ops or ("add",), rows=8,
+            max_tokens=max_tokens, clamps=4, lowering=self.lowering,
         )  # fmt: skip
 
 
@@ -40,6 +45,8 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], bool, str]] = {
     "row_monitor": (("add", "row_monitor"), False, "<= 1 %"),
     "clamp": (("add", "clamp"), False, "<= 2 %"),
     "capture": (("add",), True, "<= 3 %"),
+    "score": (("monitor", "row_monitor", "score"), False, "<= 1 %"),
+    "row_monitor_score": (("add", "row_monitor", "score"), False, "<= 1 %"),
     "all": (("add", "tier", "monitor", "row_monitor", "clamp"), True, "none, for comparison"),
 }
 KINDS = {
@@ -47,6 +54,8 @@ KINDS = {
     **{name: Kind(ops, capture, "template", goal) for name, (ops, capture, goal) in _FAMILIES.items()},
     **{f"{name}_compiler": Kind(ops, capture, "compiler") for name, (ops, capture, _) in _FAMILIES.items()},
     "add_opaque": Kind(("add",), False, "compiler", opaque=True),
+    "cross_layer": Kind(("add",), False, "auto", "<= 1 %", detect=("row_monitor", "score")),
+    "memory": Kind(("add",), False, "auto", "<= 1 %", detect=("monitor", "score", "memory", "mlp")),
 }
 
 
@@ -62,8 +71,11 @@ def activate(runtime: Any, kind: Kind, layers: int, width: int) -> None:
         return {site: size * torch.randn(width, generator=generator) for site in sites}
 
     config: dict[str, Any] = {"base": drawn(0.02)} if "add" in kind.ops else {}
+    detector = ("post_block", DETECTOR)
     if "row_monitor" in kind.ops:
         config["monitors"] = {site: Monitor(v, 0.1, 0.5) for site, v in drawn(0.05).items()}
+    elif "row_monitor" in kind.detect:
+        config["monitors"] = {detector: Monitor(drawn(0.05)[detector], 0.1, 0.5)}
     if "clamp" in kind.ops:
         config["clamps"] = {
             site: [Clamp(torch.randn(width, generator=generator), lo=-0.05, hi=0.05) for _ in range(4)]
@@ -74,4 +86,8 @@ def activate(runtime: Any, kind: Kind, layers: int, width: int) -> None:
     if "monitor" in kind.ops:
         for site, probe in drawn(0.05).items():
             runtime.sites.set_monitor(site, Monitor(probe, 0.1, 0.5), gate_rows=True)
+    if "monitor" in kind.detect:
+        units = Hidden(torch.randn(16, width, generator=generator) * 0.05, torch.zeros(16), torch.ones(16) * 0.1)
+        step = Monitor(drawn(0.05)[detector], -1e6, kind="step", low=-2e6, hidden=units)  # the same in all dtypes
+        runtime.sites.set_monitor(detector, step, gate_rows=True)
     runtime.assign(runtime.register(Steering(**config)))

@@ -90,7 +90,7 @@ class Variants:
         seen: dict[object, list[Tensor]] = {}
         for name in self.backends:
             kind = KINDS[name]
-            key = (kind.ops, kind.idle)
+            key = (kind.ops, kind.idle, kind.detect)
             if key not in seen:
                 models = (wide, self.work.model)
                 seen[key] = [reference_logits(model, kind, self.work, ids) for model in models]

@@ -10,7 +10,7 @@ import torch
 from steer_compile.errors import LoweringError, SiteNotFound
 from steer_compile.hooks import is_stream_hook
 from steer_compile.ir import Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
-from steer_compile.spec import HookSelection, SteerSpec
+from steer_compile.spec import OP_FAMILIES, HookSelection, SteerSpec
 
 DETECTING = frozenset(("monitor", "row_monitor", "score", "memory", "mlp"))
 Wanted: TypeAlias = tuple[tuple[str, ...], Site]
@@ -72,10 +72,10 @@ def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) 
     for selection in spec.capture:
         wanted += [(("capture",), site) for site in select_sites(selection, table)]
     detecting: list[Wanted] = []
-    for selection in spec.steer:
-        sites, (detects, steers) = select_sites(selection, table), _split(selection.ops, spec)
-        detecting += [(detects, site) for site in sites if detects]
-        wanted += [(steers, _placed(site, spec)) for site in sites if steers]
+    for ops, site in _together([(s.ops, site) for s in spec.steer for site in select_sites(s, table)]):
+        detects, steers = _split(ops, spec)
+        detecting += [(detects, site)] if detects else []
+        wanted += [(steers, _placed(site, spec))] if steers else []
     if detecting and table.partial:
         raise LoweringError(
             f"{detecting[0][1].name} has a monitor for the sites behind it, and graph breaks cut this model into "
@@ -86,6 +86,14 @@ def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) 
     edits = [Edit(site, ops, _slots(ops, site, spec, banks)) for ops, site in wanted]
     edits += [Edit(site, ops, _slots(ops, site, spec, banks), detects=True) for ops, site in detecting]
     return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens, spec.clamps)
+
+
+def _together(wanted: Iterable[Wanted]) -> list[Wanted]:
+    """Each site once, with the families of all selections that name it."""
+    found: dict[Site, set[str]] = {}
+    for ops, site in wanted:
+        found.setdefault(site, set()).update(ops)
+    return [(tuple(op for op in OP_FAMILIES if op in ops), site) for site, ops in found.items()]
 
 
 def _split(ops: tuple[str, ...], spec: SteerSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -109,7 +117,7 @@ def reserve_banks(spec: SteerSpec, sites: Iterable[Site], n_layers: int) -> tupl
         return [s for s in known if s.hook == selection.hook and (every or s.layer in numbers)]
 
     wanted: list[Wanted] = [(("capture",), site) for selection in spec.capture for site in chosen(selection)]
-    wanted += [(selection.ops, site) for selection in spec.steer for site in chosen(selection)]
+    wanted += _together([(selection.ops, site) for selection in spec.steer for site in chosen(selection)])
     return _grow(spec, wanted, ())
 
 

@@ -22,6 +22,7 @@ TransformerLens names are accepted by `parse_hook` and mean the same values.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from steer_compile.errors import SpecError
 
@@ -57,6 +58,7 @@ def parse_hook(name: str) -> str:
     raise SpecError(f"unknown hook {name!r}; the hooks are {', '.join(HOOKS)} and write_0, write_1, ...")
 
 
+@lru_cache(maxsize=4096)
 def parse_site(text: str) -> tuple[str, int]:
     """``(hook, layer)`` of ``layers.3.post_block`` or TransformerLens' ``blocks.3.hook_resid_post``.
 

@@ -152,7 +152,8 @@ class SteerSpec:
     """Which hook points are steered and captured, and how much room there is. Frozen and hashable.
 
     Attributes:
-        steer: hooks that may be steered: names, or `HookSelection` with layers and op families of their own.
+        steer: hooks that may be steered: names, or `HookSelection` with layers and op families of their own; a layer in
+            several selections of a hook has the families of all of them.
         capture: hooks whose pristine value is stored in every call.
         layers: layers of hooks given by name: ``"all"``, a list, a range, ``"0-3,-1"``.
         rows: distinct request configurations (content and phase) that may be active at once.
@@ -239,12 +240,13 @@ class SteerSpec:
         items = (given,) if isinstance(given, str | HookSelection | Mapping) else given
         if not isinstance(items, Iterable):
             raise SpecError(f"{what}={given!r} is no list of hooks; give for example {what}=('post_block',)")
-        chosen: dict[str, HookSelection] = {}
+        chosen: dict[object, HookSelection] = {}
         for item in items:
             selection = self._selection(item)
-            if selection.hook in chosen:
+            place = (selection.hook, selection.layers) if what == "steer" else selection.hook
+            if place in chosen:
                 raise SpecError(f"{what} names the hook {selection.hook} twice; merge the two layer selections")
-            chosen[selection.hook] = selection
+            chosen[place] = selection
         return tuple(chosen.values())
 
     def _selection(self, item: object) -> HookSelection:

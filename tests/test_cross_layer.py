@@ -21,6 +21,8 @@ from tests._models import direction
 
 DEPTH = 4
 AT = ("post_block", 1)
+DETECTORS = (1, 2)
+"""Layers whose blocks end in monitors; all are steered."""
 EVERYWHERE = tuple(("post_block", n) for n in range(DEPTH))
 KINDS = {
     "sigmoid": Monitor(direction(1), 0.2, 0.7),
@@ -31,8 +33,9 @@ KINDS = {
 
 
 def spec(*ops: str, detect: tuple[str, ...] = ("monitor",), **options: Any) -> SteerSpec:
-    """``ops`` behind every block, and what detects behind the second one alone."""
-    hooks: list[Any] = [HookSelection("post_block", "all", (*ops, *detect))]
+    """``ops`` behind every block, and what detects behind two of them."""
+    hooks: list[Any] = [HookSelection("post_block", "all", ops)]
+    hooks += [HookSelection("post_block", [n], detect) for n in DETECTORS]
     return _models.spec(*hooks, cross_layer=True, capture=("post_block",), **options)
 
 

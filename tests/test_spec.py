@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from steer_compile import HookSelection, SteerSpec, steer_backend
 from steer_compile.errors import SpecError
 from steer_compile.hooks import BRANCH_HOOKS, HOOKS, is_stream_hook, parse_hook, parse_site
-from steer_compile.spec import LOWERINGS, OP_FAMILIES, PLACEMENTS, LayersLike, Selections, parse_layers
+from steer_compile.spec import LOWERINGS, NEEDS, OP_FAMILIES, PLACEMENTS, LayersLike, Selections, parse_layers
 
 LAYERS = st.one_of(st.just("all"), st.lists(st.integers(-40, 90), min_size=1, max_size=5, unique=True))
-FAMILIES = st.lists(st.sampled_from(OP_FAMILIES), min_size=1, unique=True)
+ALONE = [op for op in OP_FAMILIES if op not in NEEDS]
+FAMILIES = st.lists(st.sampled_from(ALONE), min_size=1, unique=True) | st.just(["score", "row_monitor"])
 NAMES = st.one_of(st.sampled_from(HOOKS), st.integers(0, 12).map(lambda n: f"write_{n}"))
 
 
@@ -186,6 +187,7 @@ def test_a_spec_is_frozen() -> None:
         (lambda: SteerSpec(steer=[{"layers": 1}]), "{'layers': 1}", "HookSelection(hook, layers)"),
         (lambda: SteerSpec(steer={"hook": "mlp_in", "at": 1}), "'at'", "HookSelection(hook, layers)"),
         (lambda: SteerSpec(steer=["resid_post", "post_block"]), "post_block twice", "merge"),
+        (lambda: SteerSpec(capture=[HookSelection("post_block", n) for n in (1, 2)]), "post_block twice", "merge"),
         (lambda: HookSelection("post_block", ops="scale"), "['scale']", "the families are add"),
         (lambda: HookSelection("post_block", ops=()), "()", "the families are add"),
         (lambda: SteerSpec(steer="post_block", rows=0), "rows=0", "at least 1"),

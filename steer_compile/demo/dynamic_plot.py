@@ -36,7 +36,7 @@ def draw_traces(
             if column == 0:
                 grid[row][column].set_ylabel(labels[panel], fontsize=9)
         grid[2][column].set_xlabel("step (0 is the prompt)")
-    grid[0][0].legend(frameon=False, fontsize=8, loc="upper right")
+    grid[0][-1].legend(frameon=False, fontsize=8, loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -18,7 +18,6 @@ from steer_compile.demo.dynamic_plot import draw_traces
 from steer_compile.demo.dynamic_run import Axis, Stage, Trace, Traced
 from steer_compile.dynamic.steering_controller import Decision, RequestState, Values
 from steer_compile.dynamic.views import RequestView
-from steer_compile.runtime.vectors import vector_set
 
 LAYERS = (1, 3)
 """Where the probe reads and the vector is added, and where its effect is read."""
@@ -41,7 +40,7 @@ class Engage(Traced):
     def __init__(self, mode: str, score: Axis, projection: Axis) -> None:
         super().__init__(mode, score, projection)
         self.mode = mode
-        self.away = vector_set({score.site: -score.vector})
+        self.away = Decision({score.site: -score.vector})
 
     def decide(self, request: RequestView, values: Values, state: RequestState) -> Decision | None:
         now = self.place(self.score_axis, values)
@@ -52,7 +51,7 @@ class Engage(Traced):
         if self.mode == "proportional":
             gain *= min(1.0, SLOPE * excess) if fired else 0.0
         self.keep(request.request, values, mean, gain)
-        return Decision(self.away, gain=gain, score=mean) if gain else None
+        return self.away.at(mean, gain) if gain else None
 
 
 def run(stage: Stage, tokens: int) -> list[Trace]:

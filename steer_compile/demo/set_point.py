@@ -19,11 +19,11 @@ from steer_compile.demo.dynamic_plot import draw_traces
 from steer_compile.demo.dynamic_run import Axis, Stage, Trace, Traced
 from steer_compile.dynamic.steering_controller import Decision, RequestState, Values
 from steer_compile.dynamic.views import RequestView
-from steer_compile.runtime.vectors import vector_set
 
 LAYERS = (1, 2)
 """Where the vector is added, and where the projection is held."""
-MEMORY = 0.8
+MEMORY, FARTHEST = 0.8, 1.5
+"""Of the running mean from one step to the next; how far off one token counts at most (a line break lies at 8)."""
 PROMPTS = {"scripture": "And it came to pass in those days, that the king of Israel sent "}
 
 
@@ -32,7 +32,7 @@ class Pid:
     """Gains of the loop and the bound of its output; the integral stands still while the output is at the bound."""
 
     proportional: float = 0.6
-    integral: float = 0.08
+    integral: float = 0.12
     derivative: float = 0.2
     most: float = 4.0
 
@@ -40,7 +40,7 @@ class Pid:
         """Output for an error; ``state`` keeps the integral and the last error."""
         change = error - state.get("error", error)
         total = state.get("total", 0.0) + error
-        output = self.proportional * error + self.integral * total + self.derivative * change
+        output: float = self.proportional * error + self.integral * total + self.derivative * change
         if abs(output) <= self.most:
             state["total"] = total
         state["error"] = error
@@ -58,27 +58,27 @@ class SetPoint(Traced):
     def __init__(self, name: str, act: Axis, read: Axis, points: Sequence[tuple[int, float]], pid: Pid) -> None:
         super().__init__(name, read, read)
         self.points, self.pid = points, pid
-        self.pushes = {sign: vector_set({act.site: sign * act.vector}) for sign in (1.0, -1.0)}
+        self.pushes = {sign: Decision({act.site: sign * act.vector}) for sign in (1.0, -1.0)}
 
     def wanted(self, step: int) -> float:
         """The set point of a step."""
         return [height for begin, height in self.points if begin <= step][-1]
 
     def decide(self, request: RequestView, values: Values, state: RequestState) -> Decision | None:
-        now = self.place(self.score_axis, values)
+        now = max(-FARTHEST, min(FARTHEST, self.place(self.score_axis, values)))
         mean = state.data["mean"] = now + MEMORY * (state.data.get("mean", now) - now)
         gain = 0.0
         if self.name != "unsteered":
             gain = self.pid.step(self.wanted(state.steps) - mean, state.data)
         self.keep(request.request, values, mean, gain)
-        return Decision(self.pushes[1.0 if gain > 0 else -1.0], gain=abs(gain), score=mean) if gain else None
+        return self.pushes[1.0 if gain > 0 else -1.0].at(mean, abs(gain)) if gain else None
 
 
 def run(stage: Stage, tokens: int, points: Sequence[tuple[int, float]]) -> list[Trace]:
     """Without and with the loop, of the same prompt and the same noise."""
-    axes = [stage.axis(layer) for layer in LAYERS]
+    act, read = (stage.axis(layer) for layer in LAYERS)
     names = ("unsteered", "held")
-    return [stage.run(SetPoint(name, *axes, points, Pid()), PROMPTS, tokens) for name in names]
+    return [stage.run(SetPoint(name, act, read, points, Pid()), PROMPTS, tokens) for name in names]
 
 
 def errors(trace: Trace, points: Sequence[tuple[int, float]]) -> list[float]:
@@ -98,7 +98,7 @@ def main(
 ) -> None:
     """Hold a projection at a set point, change that half way, and draw what happened."""
     stage = Stage(LAYERS, len(PROMPTS), inner)
-    points = [(0, 0.0), (tokens // 2, 0.6)]
+    points = [(0, 0.0), (tokens // 2, 0.5)]
     traces = run(stage, tokens, points)
     found: dict[str, Any] = {
         "set_points": points,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
@@ -99,8 +100,10 @@ class Actuator:
                     back()
                     reason = f"undone, as an action of its group was rejected: {outcome.reason}"
                     outcomes[place] = replace(outcomes[place], reason=reason, error=outcome.error, digest="")
-        for outcome in outcomes:
-            self._counts.add("applied" if outcome.applied else "rejected", outcome.submitted.source)
+        self._registry.overrides.flush()
+        found = Counter(("applied" if o.applied else "rejected", o.submitted.source) for o in outcomes)
+        for (what, source), number in found.items():
+            self._counts.add(what, source, number)
         return outcomes
 
     def drop(self, requests: Iterable[str]) -> None:

@@ -113,9 +113,6 @@ class Controllers:
     def __bool__(self) -> bool:
         return bool(self._all)
 
-    def __iter__(self) -> Any:
-        return iter(list(self._all.values()))
-
     def add(self, controller: Controller) -> None:
         """Run a controller from the next step on.
 

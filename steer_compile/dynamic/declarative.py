@@ -15,7 +15,7 @@ from steer_compile.dynamic.queue import DECLARATIVE
 from steer_compile.dynamic.scores import ProbeBank
 from steer_compile.dynamic.steering_controller import Decision, RequestState, SteeringController, Values
 from steer_compile.dynamic.views import RequestView, StepView
-from steer_compile.errors import SiteNotFound
+from steer_compile.errors import SiteNotFound, VectorError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
 from steer_compile.runtime.vectors import SiteKey
@@ -107,7 +107,7 @@ class DeclarativeGates(SteeringController):
         if made is None or made[0] is not program or made[1] != more:
             made = state.data["made"] = (program, more, program.decision(more))
         found: Decision | None = made[2]
-        return found if found is None or best is None else found.scored(best)
+        return found if found is None or best is None else found.at(best)
 
     def settled(self, outcomes: Sequence[Outcome]) -> None:
         super().settled(outcomes)
@@ -127,15 +127,26 @@ class DeclarativeGates(SteeringController):
         if tables.device is not None:
             whole = GateProgram((*program.row, *program.host), ())
             self._registry.check(whole.contents(Contents(), self._registry.named))
-        for site in sorted({gate.when.site for gate in program.probes if gate.when is not None}):
-            seen = tables.sites("capture")
-            named_in_spec = any(s.hook == site[0] for s in tables.spec.capture)
-            if (tables.device is not None and site not in seen) or not named_in_spec:
-                have = ", ".join(map(site_name, seen)) or ", ".join(s.hook for s in tables.spec.capture) or "nothing"
-                raise SiteNotFound(
-                    f"a gate's probe at {site_name(site)} is read between steps, and the spec captures {have}; capture "
-                    "the site, or give the scope this_token"
-                )
+        for gate in program.probes:
+            if gate.when is not None:
+                self._check_probe(gate.when.site, gate.when.monitor.probe.numel())
+
+    def _check_probe(self, site: SiteKey, numbers: int) -> None:
+        """One bad probe would end the step's scores of all requests, so none comes in."""
+        tables = self._registry.tables
+        seen, hooks = tables.sites("capture"), [selection.hook for selection in tables.spec.capture]
+        if site[0] not in hooks or (tables.device is not None and site not in seen):
+            have = ", ".join(map(site_name, seen)) or ", ".join(hooks) or "nothing"
+            raise SiteNotFound(
+                f"a gate's probe at {site_name(site)} is read between steps, and the spec captures {have}; capture "
+                "the site, or give the scope this_token"
+            )
+        width = tables.view("capture", site).size(-1) if tables.device is not None else numbers
+        if numbers != width:
+            raise VectorError(
+                f"a gate's probe at {site_name(site)} has {numbers} numbers but the site is {width} wide; give one "
+                "number for each"
+            )
 
     def _gather(self) -> None:
         """Probes of all gates, each once."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer_compile.dynamic.actions import Action
+from steer_compile.dynamic.actions import Action, target_of
 from steer_compile.dynamic.actuator import Actuator, Host, Outcome
 from steer_compile.dynamic.controller import BUDGET_MS, Controller, Controllers
 from steer_compile.dynamic.counts import Counts
@@ -168,15 +168,21 @@ class Dynamics:
 
     def finish(self, requests: Sequence[str], keep_gates: bool = False) -> None:
         """Requests ended: their overrides and what controllers kept of them go, and their gates unless kept."""
-        self._actuator.drop(requests)
+        self._drop(requests)
         self.controllers.forget(requests)
         if self._gates is not None and not keep_gates:
             self._gates.withdraw(requests)
 
     def interrupt(self, requests: Sequence[str]) -> None:
         """Requests compute their tokens again, as after a preemption: overrides go until they are asked for anew."""
-        self._actuator.drop(requests)
+        self._drop(requests)
         self.controllers.interrupted(requests)
+
+    def _drop(self, requests: Sequence[str]) -> None:
+        """Take overrides away, and what controllers asked for since the last step."""
+        self._actuator.drop(requests)
+        gone = set(requests)
+        self._asked = [i for i in self._asked if not (isinstance(i.given, Action) and target_of(i.given) in gone)]
 
     def effective(self, request: str) -> Effective:
         """What acts on a request's decoded tokens."""

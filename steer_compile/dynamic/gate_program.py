@@ -154,7 +154,7 @@ def _check_gated(gates: Sequence[Gate], named: NamedVectors, cross_layer: bool) 
             if other is not gate and not same and shared:
                 raise SpecError(
                     f"two gates add at {site_name(shared[0])}, and the probe of one would gate both; give them other "
-                    "sites, the same probe, or a scope behind this_token"
+                    "sites, or the same probe and scope"
                 )
 
 

@@ -70,7 +70,7 @@ class Journal:
             if not outcome.applied:
                 self._rejections.append(Rejection(step, source, outcome.reason[:500]))
                 continue
-            head = json.dumps([step, ordinal, source, outcome.digest]).encode()
+            head = repr((step, ordinal, source, outcome.digest)).encode()
             self._state = hashlib.sha256(self._state + head).digest()[:16]
             ordinal += 1
             self.applied += 1

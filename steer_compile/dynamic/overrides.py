@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from steer_compile.errors import TableFull
 from steer_compile.runtime.contents import Contents
@@ -85,8 +85,9 @@ class OverridePool:
         old = self._live[request]
         if old.gain != gain:
             self._rows.set_scale(old.row, gain)
-        self._live[request] = replace(old, gain=gain, source=source)
-        return self._live[request]
+        made = Override(old.number, request, old.row, old.contents, gain, source)
+        self._live[request] = made
+        return made
 
     def restore(self, request: str, former: Override | None) -> None:
         """Bring back what a request had before the last change."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import torch
 
@@ -28,6 +27,7 @@ class DynamicRuntime(Runtime):
         self._dynamic: Dynamics | None = None
         self._routes: dict[str, int] = {}
         self._now: tuple[Step, tuple[str, ...], tuple[str, ...]] | None = None
+        self._running = False  # a step began that the controllers have not seen
         self._unseen: tuple[Collection[SiteKey], torch.Tensor | None] | None = None
 
     @property
@@ -89,11 +89,14 @@ class DynamicRuntime(Runtime):
             self._dynamic.interrupt(names)
         elif names != before:
             self._dynamic.finish([name for name in before if name not in names], keep_gates=True)
+        self._running = True
         self._dynamic.begin()
 
     def _end(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
-        if self._dynamic is None or not self._dynamic.controllers or self._now is None:
+        if self._dynamic is None or not self._dynamic.controllers or not self._running:
             return
+        if token_ids is None and self._unseen is not None:
+            token_ids = self._unseen[1]  # of the part of the model that has them
         self._unseen = (captured, token_ids)
         if not self._scope.partial:  # else a later part of the model may still run in this call
             self._look()
@@ -102,23 +105,36 @@ class DynamicRuntime(Runtime):
         """Show the last step to the controllers, if they have not seen it."""
         if self._unseen is None or self._now is None or self._dynamic is None:
             return
-        (captured, token_ids), self._unseen = self._unseen, None
+        (captured, token_ids), self._unseen, self._running = self._unseen, None, False
         step, names, conversations = self._now
         values = self.tables.captured(step.batch * step.length)
         tensors = values if self._scope.partial else {site: values[site] for site in captured}
         ids = token_ids.reshape(-1) if token_ids is not None else None
-        requests = []
-        for b, name in enumerate(names):
-            view = _span(step, b, name, conversations[b])
-            requests.append(view if ids is None else replace(view, token_ids=ids[view.start : view.end]))
+        requests = _requests(step, names, conversations, ids)
         scores = self.tables.captured(step.batch * step.length, "score")
-        self._dynamic.end(StepView(self._dynamic.step, tensors, scores, tuple(requests)))
+        self._dynamic.end(StepView(self._dynamic.step, tensors, scores, requests))
 
     def _leave(self) -> None:
         if self._dynamic is not None and self._now is not None:
             self._look()
             self._dynamic.finish(self._now[1])
             self._now = None
+
+
+def _requests(
+    step: Step, names: tuple[str, ...], conversations: tuple[str, ...], ids: torch.Tensor | None
+) -> tuple[RequestView, ...]:
+    """The batch elements of a step; in decoding their token ids are parted in one go."""
+    if step.length > 1 or step.phase == "prefill":
+        views = (_span(step, b, name, conversations[b]) for b, name in enumerate(names))
+        return tuple(v if ids is None else v._replace(token_ids=ids[v.start : v.end]) for v in views)
+    parts = [NO_TOKENS] * step.batch if ids is None else ids.unsqueeze(1).unbind(0)
+    return tuple(
+        RequestView(name, b, b + 1, max(step.start - pad, 0), step.phase, prompt, part, conversation)
+        for b, (name, pad, prompt, part, conversation) in enumerate(
+            zip(names, step.pads, step.prompts, parts, conversations, strict=True)
+        )
+    )
 
 
 def _span(step: Step, b: int, name: str, conversation: str) -> RequestView:

@@ -7,7 +7,6 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 _PREFIX = "steer_compile_dynamic"
 _GAUGES = {
@@ -17,8 +16,8 @@ _GAUGES = {
 }
 
 
-class StatusCollector(Collector):  # type: ignore[misc]
-    """Shows what a function gives as metrics, read when they are scraped."""
+class StatusCollector:
+    """Shows a status as metrics."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:
         self._status = status
@@ -59,7 +58,7 @@ def _controllers(controllers: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
 
 def exposition(status: Mapping[str, Any]) -> str:
     """Text of a status of `Dynamics`."""
-    registry = CollectorRegistry(auto_describe=False)
+    registry: Any = CollectorRegistry(auto_describe=False)
     registry.register(StatusCollector(status))
     text: bytes = generate_latest(registry)
     return text.decode()

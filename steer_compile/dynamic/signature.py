@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from steer_compile.dynamic.codec import digest_of
 from steer_compile.dynamic.overrides import Override
@@ -39,12 +39,18 @@ class Effective:
         Each part is hashed under its own name and each monitor under its site, so equal ones do not cancel. Named sets
         count by their content. A request with an override does not read its own row, so that has no part then.
         """
-        row = (self.own.digest(), self.scale) if self.override is None else ()
+        everyone, own = _bare(self.everyone), _bare(self.own)
+        row = (own.digest(), self.scale) if self.override is None else ()
         override = self.override.digest() if self.override is not None else None
         tier = (self.tier.digest, self.gain) if self.tier else ()
         monitors = sorted((site, monitor.digest, gates) for site, (monitor, gates) in self.monitors.items())
-        if override is None and not (self.everyone or self.own or tier):
+        if override is None and not (everyone or own or tier):
             return ""
         return digest_of(
-            "everyone", self.everyone.digest(), "row", row, "override", override, "tier", tier, "monitors", monitors
+            "everyone", everyone.digest(), "row", row, "override", override, "tier", tier, "monitors", monitors
         )
+
+
+def _bare(contents: Contents) -> Contents:
+    """The contents without empty vector sets."""
+    return replace(contents, parts=tuple((vectors, scale) for vectors, scale in contents.parts if vectors))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from itertools import islice
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -57,10 +57,15 @@ class Decision:
         object.__setattr__(self, "score", score)
         object.__setattr__(self, "latch", latch)
 
-    def scored(self, score: float) -> Self:
-        """The same with another score."""
+    def at(self, score: float | None, gain: float | None = None) -> Self:
+        """The same with another score and gain; its vectors are not checked again, so this is for each step.
+
+        Raises:
+            VectorError: a bad gain.
+        """
+        factor = self.gain if gain is None else strength(gain, "the gain of a decision")
         made = type(self).__new__(type(self))
-        vars(made).update(vars(self) | {"score": score})
+        vars(made).update(override=self.override, gain=factor, score=score, latch=self.latch)
         return made
 
     @property
@@ -94,13 +99,12 @@ class RequestState:
     conversation: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class Values:
+class Values(NamedTuple):
     """What one request shows in a step."""
 
-    view: StepView = field(repr=False)
+    view: StepView
     request: RequestView
-    means: Mapping[SiteKey, Sequence[Sequence[float]]] = field(repr=False)
+    means: Mapping[SiteKey, Sequence[Sequence[float]]]
     place: int
 
     def score(self, site: SiteLike, probe: int = 0) -> float:
@@ -145,7 +149,7 @@ class SteeringController(Controller):
         self.bank = ProbeBank({site_key(site): [probe] for site, probe in (probes or {}).items()})
         self.latches = latches if latches is not None else Latches()
         self.changed_sets = 0
-        self._states: OrderedDict[str, RequestState] = OrderedDict()
+        self._states: dict[str, RequestState] = {}
         self._notes: list[Note] = []
 
     @abstractmethod
@@ -160,7 +164,7 @@ class SteeringController(Controller):
         means = self.bank.means(view)
         decided: list[tuple[RequestView, RequestState, Decision | None]] = []
         for i, request in enumerate(view.requests):
-            state = self._state(request, len(view.requests))
+            state = self._states.get(request.request) or self._begun(request, view)
             held = state.latched or (self.latches.get(request.conversation) if request.conversation else None)
             if held is None:
                 held = self.decide(request, Values(view, request, means, i), state)
@@ -168,6 +172,8 @@ class SteeringController(Controller):
         actions: list[Action] = []
         for request, state, decision in decided:  # only now, as `decide` may have raised
             state.steps += 1
+            if decision is None and state.sent is None:
+                continue
             asked = self._ask(request, state, decision)
             actions += asked
             if asked or (decision is not None and decision.score is not None):
@@ -204,13 +210,14 @@ class SteeringController(Controller):
             if request in self._states:
                 self._states[request].sent = None
 
-    def _state(self, request: RequestView, live: int) -> RequestState:
-        state = self._states.get(request.request)
-        if state is None:
-            state = self._states[request.request] = RequestState(conversation=request.conversation)
-        self._states.move_to_end(request.request)
-        while len(self._states) > max(MOST_REQUESTS, 2 * live):
-            self._states.popitem(last=False)
+    def _begun(self, request: RequestView, view: StepView) -> RequestState:
+        """The state of a request that is new; the oldest of those that the step does not show make room for it."""
+        state = self._states[request.request] = RequestState(conversation=request.conversation)
+        beyond = len(self._states) - max(MOST_REQUESTS, 2 * len(view.requests))
+        if beyond > 0:
+            shown = {r.request for r in view.requests}
+            for name in list(islice((name for name in self._states if name not in shown), beyond)):
+                del self._states[name]
         return state
 
     def _ask(self, request: RequestView, state: RequestState, decision: Decision | None) -> list[Action]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -12,8 +13,7 @@ from steer_compile.runtime.vectors import SiteKey
 NO_TOKENS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
-@dataclass(frozen=True, eq=False)
-class RequestView:
+class RequestView(NamedTuple):
     """One request in one step.
 
     Attributes:
@@ -33,7 +33,7 @@ class RequestView:
     position: int
     phase: str
     prompt: int
-    token_ids: torch.Tensor = field(default=NO_TOKENS, repr=False)
+    token_ids: torch.Tensor = NO_TOKENS
     conversation: str = ""
 
     @property

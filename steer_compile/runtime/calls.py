@@ -28,20 +28,19 @@ class _Batch:
         return any(own is handle for own in (self.everyone, *self.handles))
 
     def plans(self, size: int) -> list[RowPlan]:
+        given = (("rows", "are assigned"), ("names", "are given"), ("conversations", "are given"))
+        for (what, how), items in zip(given, (self.handles, self.names, self.conversations), strict=True):
+            if items and len(items) != size:
+                raise NotSteered(
+                    f"{len(items)} {what} {how} but the call has {size} sequences; "
+                    f"{'assign one handle or None to each' if what == 'rows' else 'give one for each'}"
+                )
         if not self.handles:
             return [self.everyone.plan if self.everyone else RowPlan()] * size
-        if len(self.handles) != size:
-            raise NotSteered(
-                f"{len(self.handles)} rows are assigned but the call has {size} sequences; "
-                "assign one handle or None to each"
-            )
         return [h.plan if h else RowPlan() for h in self.handles]
 
     def names_of(self, size: int) -> tuple[str, ...]:
         """Names of the elements, which count them where none are given."""
-        for what, given in (("names", self.names), ("conversations", self.conversations)):
-            if given and len(given) != size:
-                raise NotSteered(f"{len(given)} {what} are given but the call has {size} sequences; give one for each")
         return self.names or tuple(map(str, range(size)))
 
 

@@ -8,7 +8,7 @@ from steer_compile.errors import VectorError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.rows import GLOBAL_ROWS, RowAllocator, RowKey
 from steer_compile.runtime.scope import Scope
-from steer_compile.runtime.tables import TableSet
+from steer_compile.runtime.tables import TableSet, numbers
 from steer_compile.runtime.vectors import PHASES
 from steer_compile.spec import SteerSpec
 
@@ -40,8 +40,8 @@ class RowStore:
         Raises:
             SiteNotFound: no such site, or not with this op family. VectorError: another width.
         """
-        for family, site, numbers in contents.needs():
-            self._scope.check(family, site, numbers, whole)
+        for family, site, width in contents.needs():
+            self._scope.check(family, site, width, whole)
 
     def check_all(self, whole: bool = False) -> None:
         """`check` for everything that is set."""
@@ -115,6 +115,14 @@ class RowStore:
         self._scales[row] = scale
         if self._tables.device is not None:
             self._tables.scale[row] = scale
+
+    def set_scales(self, scales: Mapping[int, float]) -> None:
+        """Factors on the vectors of some rows, in one copy to the device."""
+        self._scales.update(scales)
+        if self._tables.device is not None and scales:
+            values = numbers([self.scale(row) for row in range(self._tables.scale.numel())])
+            source = values.pin_memory() if self._tables.scale.is_cuda else values
+            self._tables.scale.copy_(source, non_blocking=True)
 
     def scale(self, row: int) -> float:
         """Factor on the vectors of a row."""

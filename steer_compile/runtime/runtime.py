@@ -66,7 +66,8 @@ class Runtime(Calls):
             self._prove(calls, "steered")
             self.check_complete()
         finally:
-            self._leave()
+            if self.calls != calls:
+                self._leave()
             self._batches.pop()
             self.phases = outside
             self._last_layer = None

@@ -46,15 +46,16 @@ class Scope:
 
     def _check_spec(self, family: str, site: SiteKey) -> None:
         hook, layer = site
-        chosen = next((s for s in self._spec.steer if s.hook == hook), None)
-        if chosen is None or not _may_hold(chosen, layer):
+        chosen = [s for s in self._spec.steer if s.hook == hook and _may_hold(s, layer)]
+        families = tuple(dict.fromkeys(op for s in chosen for op in s.ops))
+        if not chosen:
             have = ", ".join(f"{s.hook} at {s.layers}" for s in self._spec.steer) or "nothing"
             raise SiteNotFound(
                 f"the spec does not steer layers.{layer}.{hook}; it steers {have}; add it to the spec and compile again"
             )
-        if family not in chosen.ops:
+        if family not in families:
             raise SiteNotFound(
-                f"the spec gives layers.{layer}.{hook} no op family {family!r}; it has {', '.join(chosen.ops)}; "
+                f"the spec gives layers.{layer}.{hook} no op family {family!r}; it has {', '.join(families)}; "
                 f"add {family!r} to its ops in the spec and compile again"
             )
 

@@ -229,6 +229,6 @@ def finite(value: object, name: str = "scale") -> float:
         VectorError: it is no such number.
     """
     number: Any = value
-    if isinstance(value, numbers.Real) and -_LARGEST <= number <= _LARGEST:
+    if isinstance(value, (float, numbers.Real)) and -_LARGEST <= number <= _LARGEST:
         return float(number)
     raise VectorError(f"{name} {value!r} is not finite; give a finite number")

@@ -17,7 +17,6 @@ from steer_compile.dynamic.latches import Latches
 from steer_compile.dynamic.steering_controller import Decision, RequestState, SteeringController, Values
 from steer_compile.dynamic.views import RequestView, StepView
 from steer_compile.errors import SpecError, UnknownName
-from steer_compile.runtime.vectors import vector_set
 from tests.dynamic._world import SITE, WIDTH, World, unit
 
 ON, OFF = [2.0, 0, 0, 0], [0.0] * 4
@@ -68,8 +67,8 @@ def test_an_override_follows_the_score_and_is_asked_for_only_when_that_changes()
 
 
 def test_a_gain_alone_changes_no_vector() -> None:
-    world, vectors = World(), vector_set(unit(1))
-    controller = By(lambda r, v, s: Decision(vectors, gain=v.score(SITE)))
+    world, decision = World(), Decision(unit(1))
+    controller = By(lambda r, v, s: decision.at(None, v.score(SITE)))
     world.dynamic.add(controller)
     for size in (1.0, 3.0, 3.0, 0.0):
         world.step({"a": [size, 0, 0, 0]})
@@ -256,3 +255,17 @@ def test_latches_keep_to_their_bounds_and_evict_what_was_not_used_for_longest(
 def test_latches_without_room_are_refused() -> None:
     with pytest.raises(SpecError, match="room for 0 conversations and 1 bytes"):
         Latches(0, 1)
+
+
+def test_what_was_asked_for_a_request_that_ended_is_forgotten() -> None:
+    world = World()
+    world.dynamic.add(By(fires()))
+    world.step({"a": ON, "b": ON})
+    world.dynamic.finish(["a"])
+    world.step({"b": ON})
+    assert set(world.routes) == {"b"}
+    world.dynamic.interrupt(["b"])
+    world.step({"b": ON})
+    world.dynamic.begin()
+    assert set(world.routes) == {"b"}
+    assert world.dynamic.status()["actions"]["rejected"] == {}

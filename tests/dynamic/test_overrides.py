@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from steer_compile import Clamp, Monitor
 from steer_compile.dynamic.actions import Action, ClearOverride, SetMonitor, SetOverride, SetScale, SetTier
@@ -189,3 +191,63 @@ def test_overrides_end_with_their_requests() -> None:
     assert len(world.dynamic.pool) == 0
     assert apply(world, SetOverride("c", unit(2)), SetOverride("a", unit(3))) == ["", ""]
     assert world.of("c") == [0, 0, 1, 0]
+
+
+def test_a_row_that_another_request_had_begins_anew() -> None:
+    world = World(overrides=1)
+    full = SetOverride(
+        "a", unit(0), monitors={SITE: Monitor([1.0] * 4)}, clamps={SITE: [Clamp([1.0] * 4, 0.0)]}, gain=3.0
+    )
+    assert apply(world, full) == [""]
+    row = world.routes["a"]
+    world.dynamic.finish(["a"])
+    assert apply(world, SetOverride("b", unit(1))) == [""]
+    assert world.routes == {"b": row}
+    assert world.of("b") == [0, 1, 0, 0]
+    tables = world.registry.tables
+    assert not tables.view("rowprobe", SITE)[row].any()
+    assert tables.view("clamp_set", SITE)[4 * row].tolist() == [-torch.inf, torch.inf, 0.0]
+
+
+step = st.one_of(
+    st.tuples(st.just("set"), st.sampled_from("abc"), st.integers(0, 3), st.booleans(), st.sampled_from([1.0, 2.0])),
+    st.tuples(st.just("scale"), st.sampled_from("abc"), st.sampled_from([0.0, 0.5, 1.0])),
+    st.tuples(st.sampled_from(["clear", "finish"]), st.sampled_from("abc")),
+    st.tuples(st.just("everyone"), st.integers(0, 3)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3), st.lists(step, max_size=30))
+def test_requests_get_what_was_asked_for_whatever_comes_and_goes(room: int, path: list[tuple[Any, ...]]) -> None:
+    world, eye = World(overrides=room), torch.eye(WIDTH)
+    own = {"a": eye[0], "b": 2 * eye[1], "c": torch.zeros(WIDTH)}
+    world.own = {name: contents({SITE: vector}) for name, vector in own.items()}
+    live: dict[str, tuple[torch.Tensor, float]] = {}
+    everyone, numbers = torch.zeros(WIDTH), [0]
+    for kind, *rest in path:
+        fits = bool(rest) and (rest[0] in live or len(live) < room)
+        if kind == "everyone":
+            everyone = eye[rest[0]]
+            world.registry.set_global(decode={SITE: everyone})
+        elif kind == "set":
+            name, place, compose, gain = rest
+            (reason,) = apply(world, SetOverride(name, {SITE: 3 * eye[place]}, compose=compose, gain=gain))
+            assert bool(reason) is not fits
+            if fits:
+                live[name] = (3 * eye[place] + (own[name] if compose else 0), gain)
+        elif kind == "scale":
+            (reason,) = apply(world, SetScale(rest[1], rest[0]))
+            assert bool(reason) is not fits
+            if fits:
+                live[rest[0]] = (live.get(rest[0], (own[rest[0]], 1.0))[0], rest[1])
+        else:
+            live.pop(rest[0], None)
+            world.dynamic.finish([rest[0]]) if kind == "finish" else apply(world, ClearOverride(rest[0]))
+        assert set(world.routes) == set(live) == set(world.dynamic.pool.live())
+        assert len(set(world.routes.values())) == len(live) <= room
+        for name, (vector, gain) in live.items():
+            assert world.of(name) == (gain * (vector + everyone)).tolist()
+        made = sorted(o.number for o in world.dynamic.pool.live().values())
+        assert len(set(made)) == len(made)
+        numbers.append(max([numbers[-1], *made]))

@@ -12,7 +12,8 @@ from torch import Tensor
 from steer_compile import SteerBackend, Steering, SteerSpec, steer_backend
 from steer_compile.dynamic.actions import Action, ClearOverride, SetOverride, SetScale, SetTier
 from steer_compile.dynamic.controller import Controller
-from steer_compile.dynamic.views import StepView
+from steer_compile.dynamic.steering_controller import Decision, RequestState, SteeringController, Values
+from steer_compile.dynamic.views import RequestView, StepView
 from steer_compile.errors import NotSteered, SpecError
 from tests import _models
 
@@ -116,7 +117,12 @@ def test_views_show_what_a_capture_does_and_whose_rows_are_whose() -> None:
     model, dynamic = compiled(backend), backend.runtime.dynamic
     script = Script()
     dynamic.add(script)
-    steer = {"rows": [None] * 3, "prompt_lengths": [5, 3, 4], "names": ["a", "b", "c"], "conversations": ["x", "", "y"]}
+    steer: dict[str, Any] = {
+        "rows": [None] * 3,
+        "prompt_lengths": [5, 3, 4],
+        "names": ["a", "b", "c"],
+        "conversations": ["x", "", "y"],
+    }
     with backend.runtime.capture() as log:
         logits_of(model, backend, steps=2, **steer)
     for view, values, step in zip(script.views, script.values, log.steps, strict=True):
@@ -243,6 +249,7 @@ def test_in_a_model_of_several_graphs_a_controller_sees_the_whole_step() -> None
         model(_models.tokens(2, 4))
     assert len(script.views) == 2
     assert set(script.views[0].tensors) == {("post_block", n) for n in range(3)}
+    assert [r.token_ids.tolist() for r in script.views[1].requests] == _models.tokens(2, 4).tolist()
     assert [torch.equal(v, s[SITE].flatten(0, 1)) for v, s in zip(script.values, log.steps, strict=True)] == [True] * 2
 
 
@@ -256,3 +263,43 @@ def test_bad_names_are_refused() -> None:
         logits_of(model, backend, rows=[None] * 3, names="abc")
     with pytest.raises(NotSteered, match="2 names are given but the call has 3 sequences; give one for each"):
         logits_of(model, backend, rows=[None] * 3, names=["a", "b"])
+
+
+def test_a_request_that_goes_back_to_its_prompt_loses_its_override_and_gets_it_again() -> None:
+    backend = backend_of()
+    model, dynamic = compiled(backend), backend.runtime.dynamic
+
+    class Always(SteeringController):
+        def decide(self, request: RequestView, values: Values, state: RequestState) -> Decision | None:
+            return Decision(PUSH, latch="request")
+
+    dynamic.add(Always("always"))
+    ids, held = _models.tokens(3, 5), []
+    with torch.inference_mode(), backend.runtime.steer():
+        cache = model(ids, use_cache=True).past_key_values
+        for told in ("decode", "decode", "prefill", "decode"):
+            backend.runtime.phases.told = told
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            held.append(len(dynamic.pool))
+        backend.runtime.phases.told = None
+    assert held == [3, 3, 0, 3]
+    assert dynamic.status()["actions"]["rejected"] == {}
+
+
+def test_gates_in_a_compiled_model() -> None:
+    backend = backend_of(ops=("add", "row_monitor"))
+    model, dynamic = compiled(backend), backend.runtime.dynamic
+    plain = logits_of(model, backend)
+    vectors = {"layers.0.post_block": PUSH["post_block"][0].tolist()}
+    probe = {"site": "layers.0.post_block", "probe": [1.0] * _models.WIDTH, "threshold": -1e6}
+    add = {"add": {"vectors": vectors}}
+    dynamic.gate("a", [{"when": "always", "apply": add}])
+    dynamic.gate("b", [{"when": {**probe, "sharpness": 1.0}, "scope": "this_token", "apply": add}])
+    dynamic.gate("c", [{"when": {**probe, "threshold": 1e6}, "scope": "rest_of_request", "apply": add}])
+    steered = logits_of(model, backend, rows=[None, None, None], names=["a", "b", "c"])
+    assert different(plain, steered) == [[], [0, 1], [0, 1], [0, 1], [0, 1]]
+    expected = logits_of(model, backend, rows=[Steering(decode=PUSH)] * 2 + [None])
+    torch.testing.assert_close(steered, expected, rtol=1e-5, atol=1e-5)
+    assert (
+        different(plain, logits_of(model, backend, rows=[None] * 3, names=["a", "b", "c"])) == [[]] * 5
+    )  # gates ended

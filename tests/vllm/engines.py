@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import parse
 from torch import Tensor, nn
 
 from steer_compile import SteerSpec
@@ -77,6 +78,13 @@ def engine(model: Path, spec: SteerSpec | None = None, **options: Any) -> Any:
     device = ON_A_GPU if torch.cuda.is_available() else {}
     given = {"dtype": "float32", "skip_tokenizer_init": True, "seed": 0, **LENGTHS, **device, **options}
     return LLM(model=str(model), **given, **steered)
+
+
+def before(version: str) -> bool:
+    """Whether vLLM is older than this version."""
+    import vllm
+
+    return parse(vllm.__version__) < parse(version)
 
 
 def generated(llm: Any, steering: list[Any], tokens: int = 8, prompts: list[list[int]] | None = None) -> list[Any]:

@@ -61,12 +61,13 @@ def test_each_layer_gets_its_own_vector_from_shared_pieces_cold_and_warm(models:
     assert cold["steered"] == warm["steered"] == other["steered"]
 
     hold_against_hooks(model, cold)
-    assert cold["compiled"] == plain["compiled"] < engines.LAYERS + 1  # equal layers share a piece, as without a spec
+    assert cold["compiled"] == plain["compiled"]  # equal layers share a piece, as without a spec
+    assert plain["compiled"] < engines.LAYERS + 1 or engines.before("0.28")  # which has a piece of its own for each
     assert (cold["loaded"], cold["splices"]) == (0, [2 * engines.LAYERS])
     again = run(model, tmp_path)
     assert warm["loaded"] == again["loaded"]  # as the engine without a spec, which has kept its own
     assert (warm["splices"], warm["compiled"]) == ([] if warm["loaded"] else cold["splices"], 0)
-    assert warm["loaded"] or version.parse(torch.__version__) < version.parse("2.12")  # pieces alone are stored there
+    assert warm["loaded"] or version.parse(torch.__version__) < version.parse("2.12")
     assert (other["loaded"], other["splices"]) == (0, [engines.LAYERS])  # another spec is another artifact
 
 
