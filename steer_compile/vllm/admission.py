@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from itertools import count
 from typing import Any
 
-from steer_compile.vllm.requests import digests
+from steer_compile.vllm.requests import digests, overrides
 
 RowKey = tuple[str, str]
+_OVERRIDE = "override"
 
 
 def digests_of(request: Any) -> tuple[str, str]:
@@ -23,15 +24,20 @@ def digests_of(request: Any) -> tuple[str, str]:
 
 
 def row_keys(request: Any) -> set[RowKey]:
-    """Rows that a request needs: one for each phase and content."""
-    return {key for key in zip(("prefill", "decode"), digests_of(request), strict=True) if key[1]}
+    """Rows that a request needs: one for each phase and content, and one of the pool of overrides for its gates."""
+    keys = {key for key in zip(("prefill", "decode"), digests_of(request), strict=True) if key[1]}
+    params = request.sampling_params
+    if overrides(params.extra_args if params is not None else None):
+        keys.add((_OVERRIDE, request.request_id))
+    return keys
 
 
 class Grants:
     """The rows that the model runners hold after each step, as the scheduler knows them from what it sends them."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, overrides: int = 0) -> None:
         self._capacity = capacity
+        self._overrides = overrides
         self._of: dict[str, set[RowKey]] = {}
         self._counts: Counter[RowKey] = Counter()
 
@@ -60,12 +66,16 @@ class Grants:
             after = counts.copy() if had else counts
             _take_away(after, had)
             new = wanted - after.keys()
-            if new and (held or len(after) + len(new) > self._capacity):
+            if new and (held or not self._fit(after.keys() | new)):
                 held.append(request)
             else:
                 after.update(wanted)
                 counts = after
         return held
+
+    def _fit(self, keys: set[RowKey]) -> bool:
+        routed = sum(kind == _OVERRIDE for kind, _ in keys)
+        return routed <= self._overrides and len(keys) - routed <= self._capacity
 
 
 def _take_away(counts: Counter[RowKey], keys: Iterable[RowKey]) -> None:

@@ -19,7 +19,7 @@ from steer_compile.vllm.capture_files import file_at, file_name
 from steer_compile.vllm.captures import EVERYTHING, CaptureRequest
 from steer_compile.vllm.model import Shape, expected_banks
 from steer_compile.vllm.request_gates import gated
-from steer_compile.vllm.requests import CaptureAsked, parse, parts
+from steer_compile.vllm.requests import OVERRIDE, CaptureAsked, parse, parts
 from steer_compile.vllm.settings import Settings, load_vectors
 from steer_compile.vllm.site_data import Former, SiteMonitor, Tier
 from steer_compile.vllm.transport import sent
@@ -43,7 +43,7 @@ class Checked:
 
     Attributes:
         data: for the engine.
-        digests: of what it adds in each phase, "" for nothing.
+        digests: of what it adds in each phase, "" for nothing; and whether it may need a row for overrides.
         capture: the name and file of its captured rows, None without.
         whole: it captures prompt tokens, all of which must therefore be computed.
     """
@@ -103,6 +103,8 @@ class FrontEnd:
         if needed > self._rows:
             raise TableFull(f"the request needs {needed} rows, one for each phase, and the spec has rows={self._rows}")
         data = {**sent(made, steering.tokens), **more}
+        if more.get("gates") or more.get("conversation"):
+            digests[OVERRIDE] = "1"
         if asked is None:
             return Checked(data, digests)
         capture = self._capture(asked)

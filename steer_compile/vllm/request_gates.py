@@ -15,7 +15,7 @@ from steer_compile.dynamic.codec import clamp_to_data, packed, site_name, text_o
 from steer_compile.dynamic.declarative import DeclarativeGates
 from steer_compile.dynamic.gate_program import GateProgram
 from steer_compile.dynamic.gates import Add, Attenuate, ClampTo, Gate, gates_from_data
-from steer_compile.errors import SpecError, TableFull, VectorError
+from steer_compile.errors import SpecError, TableFull
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
 from steer_compile.runtime.vectors import SiteKey, TokenSelection, scaled, vector_set
@@ -60,7 +60,6 @@ def gated(
     _check_tokens(tokens, asked)
     _check_room(program, spec, asked)
     _check_probes(program, spec, own)
-    _check_widths(program, registry)
     row, whole = (
         GateProgram(gates, ()).contents(own, registry.named) for gates in (program.row, (*program.row, *program.host))
     )
@@ -118,18 +117,6 @@ def _check_probes(program: GateProgram, spec: SteerSpec, own: Contents) -> None:
                 f"a gate of scope this_token has its probe at {site_name(site)}, and would gate the request's own "
                 f"vectors at {site_name(reached[0])}; give them as what the gate adds, or the gate the scope next_step"
             )
-
-
-def _check_widths(program: GateProgram, registry: Registry) -> None:
-    """Probes of the host are scored together, so one of another width would take all of them with it."""
-    for gate in program.probes:
-        if gate.when is not None:
-            numbers, width = gate.when.monitor.probe.numel(), registry.tables.view("capture", gate.when.site).size(-1)
-            if numbers != width:
-                raise VectorError(
-                    f"the probe of a gate at {site_name(gate.when.site)} has {numbers} numbers but the site is {width} "
-                    "wide; give one number for each"
-                )
 
 
 def _reaches(probe: SiteKey, site: SiteKey, cross_layer: bool) -> bool:

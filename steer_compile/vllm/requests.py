@@ -39,6 +39,8 @@ CAPTURE = "steer_capture"
 """Key under which the front end puts where a request's captured rows will be."""
 DIGESTS = "steer_digests"
 """Key under which the front end puts the digest of a request's steering in each phase, "" for none."""
+OVERRIDE = "override"
+"""Key beside these: whether the request may need a row for overrides."""
 MAX_NUMBERS = 1 << 26
 """Most numbers of one packed piece."""
 MOST_NAMES, MOST_SPANS = 16, 64
@@ -122,6 +124,12 @@ def digests(extra_args: object) -> tuple[str, str]:
     """Digests of a request that the front end let in, in prefill and in decode; "" for nothing of its own."""
     given = extra_args.get(DIGESTS) if isinstance(extra_args, Mapping) and KEY in extra_args else None
     return (str(given["prefill"]), str(given["decode"])) if isinstance(given, Mapping) else ("", "")
+
+
+def overrides(extra_args: object) -> bool:
+    """Whether a request that the front end let in may need a row of the pool of overrides for what it declares."""
+    given = extra_args.get(DIGESTS) if isinstance(extra_args, Mapping) and KEY in extra_args else None
+    return isinstance(given, Mapping) and bool(given.get(OVERRIDE))
 
 
 def _decoded(given: object) -> object:

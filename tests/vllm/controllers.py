@@ -8,11 +8,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from steer_compile.dynamic.actions import Action, ClearOverride, SetOverride, SetTier
+from steer_compile.dynamic.actions import Action, ClearOverride, SetOverride, SetScale, SetTier
 from steer_compile.dynamic.controller import Controller
 from steer_compile.dynamic.views import StepView
 
 WIDTH = 64
+
+
+def first_rank() -> bool:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return bool(get_tensor_model_parallel_rank() == 0)
 
 
 @dataclass
@@ -44,14 +50,18 @@ class Script(Controller):
         plans: ``{conversation: [position, steps, layer, number]}``: asks when it sees the token of that position, with
             a vector of one number, and clears behind so many steps.
         tier: the number of a tier that it sets in its first step, 0 for none.
+        apart: step in which the first tensor parallel rank alone asks for something, 0 for none.
     """
 
     seen: ClassVar[list[Seen]] = []
 
-    def __init__(self, plans: dict[str, list[float]] | None = None, tier: float = 0.0, fail: bool = False) -> None:
+    def __init__(
+        self, plans: dict[str, list[float]] | None = None, tier: float = 0.0, fail: bool = False, apart: int = 0
+    ) -> None:
         self.plans = {name: tuple(plan) for name, plan in (plans or {}).items()}
         self.tier = tier
         self.fail = fail
+        self.apart = apart
 
     def on_step(self, view: StepView) -> Iterable[Action]:
         if self.fail:
@@ -74,6 +84,8 @@ class Script(Controller):
                     actions.append(SetOverride(request.request, push))
                 if request.position == position + steps:
                     actions.append(ClearOverride(request.request))
+        if self.apart and view.step == self.apart and first_rank():
+            actions.append(SetScale(0.5))
         if self.tier:
             actions.append(SetTier({"post_block": {1: torch.full((WIDTH,), self.tier)}}))
             self.tier = 0.0

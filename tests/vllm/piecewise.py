@@ -85,7 +85,7 @@ def across(llm: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"steered": [], "numbers": []}
     gate(-1e6)
     for n in range(engines.LAYERS):
-        change(tier={"vectors": {f"layers.{n}.post_block": engines.vector(1, 6.0).tolist()}})
+        change(tier={"vectors": {f"layers.{n}.post_block": engines.vector(1 + n, 0.6).tolist()}})
         (output,) = engines.generated(llm, [None])
         found["steered"] += engines.texts([output])
         found["numbers"].append(engines.logprobs(output))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import pytest
 import torch
 
 from steer_compile import SteerSpec
+from tests import _tree
 from tests.vllm import engines
 from tests.vllm.controllers import Script
 from tests.vllm.engines import PROMPT, generated, texts
@@ -24,11 +29,11 @@ SITE = ("post_block", 1)
 SPEC = SteerSpec(steer=("post_block",), capture=("post_block",), rows=8, overrides=4, ops=("add", "row_monitor"))
 
 
-def scripted(model: Path, **script: Any) -> Any:
-    """An engine with a `Script`."""
+def scripted(model: Path, ahead: bool = False, **script: Any) -> Any:
+    """An engine with a `Script`; ``ahead``: the scheduler is a step ahead of what is sampled."""
     Script.seen.clear()
     controllers = {"script": {"class": "tests.vllm.controllers:Script", "args": script}}
-    return engines.engine(model, SPEC, controllers=controllers)
+    return engines.engine(model, SPEC, controllers=controllers, async_scheduling=ahead)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +62,11 @@ def streams(judge: Any, ids: list[int], moved: dict[int, float], layer: int = 1)
     return found[0], logits
 
 
-def test_an_override_acts_one_step_later_and_on_its_request_alone(models: Path, judge: Any) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_override_acts_one_step_later_and_on_its_request_alone(ahead: bool, models: Path, judge: Any) -> None:
     """Asked for when position N + 1 was seen: N + 2 to N + 4 are steered, and nothing else of anyone."""
-    llm = scripted(engines.saved("llama", models), plans={"chat": [N + 1, 3, 1, 0.7]})
+    llm = scripted(engines.saved("llama", models), ahead, plans={"chat": [N + 1, 3, 1, 0.7]})
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling is ahead
     outputs = generated(llm, [None, {"conversation": "chat"}, {"conversation": "other"}], tokens=10)
     plain = generated(llm, [None], tokens=10)[0]
     assert texts([outputs[0]]) == texts([outputs[2]]) == texts([plain])
@@ -176,3 +183,26 @@ def test_actions_of_an_operator_are_checked_when_they_are_applied(models: Path) 
     assert "64 wide" in reasons
     llm.llm_engine.abort_request([name], internal=True)
     flush(llm)
+
+
+def test_ranks_apply_the_same_and_a_planted_divergence_shows(models: Path) -> None:
+    """Two tensor parallel ranks in processes of their own, against one rank of its own process."""
+    path, found = engines.saved("llama", models), {}
+    for ranks in (1, 2):
+        if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+            pytest.skip(f"{ranks} ranks need as many GPUs")
+        env = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks]),
+            "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.vllm.processes", str(path), str(ranks), "dynamic"]
+        done = subprocess.run(
+            command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[ranks] = json.loads([line for line in done.stdout.splitlines() if line.startswith("[[")][-1])
+    (tokens, ((one,), _)), (tokens_of_two, (alike, apart)) = found[1], found[2]
+    assert tokens == tokens_of_two
+    assert alike[0] == alike[1] != ""
+    assert apart[0] != apart[1]
+    assert len(one) == len(alike[0]) == 32

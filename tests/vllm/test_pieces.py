@@ -38,16 +38,18 @@ def run(model: Path, cache: Path, *hooks: str, cut: str = "pieces") -> dict[str,
     return found
 
 
-def hold_against_hooks(model: Path, found: dict[str, Any], size: float = 0.6, decode_only: bool = False) -> None:
+def hold_against_hooks(model: Path, found: dict[str, Any], tier: bool = False) -> None:
+    """Of a vector at each layer in turn; a tier has another one for each, and is for decoded tokens."""
     from transformers import AutoModelForCausalLM
 
     judge = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for layer, tokens in enumerate(found["steered"]):
         output = type("Output", (), {"token_ids": tokens})
-        wanted, numbers = engines.judged(judge, output, engines.vector(1, size), layer, decode_only)
+        vector = engines.vector(1 + layer * tier, 0.6)
+        wanted, numbers = engines.judged(judge, output, vector, layer, tier)
         assert tokens == wanted
         assert found["numbers"][layer] == pytest.approx(numbers, abs=engines.TOLERANCE)
-    at = int(decode_only)  # the first token that the vectors reach
+    at = int(tier)  # the first token that the vectors reach
     assert len({round(numbers[at], 2) for numbers in found["numbers"]}) == engines.LAYERS  # no layer is another one
 
 
@@ -78,7 +80,7 @@ def test_a_gate_crosses_pieces_and_layers_behind_it_share_theirs(models: Path, t
     cold = run(model, tmp_path, "across")
     warm = run(model, tmp_path, "across")
     assert plain["idle"] == cold["idle"] == cold["shut"] == warm["shut"]
-    hold_against_hooks(model, cold, 6.0, decode_only=True)
+    hold_against_hooks(model, cold, tier=True)
     assert cold["steered"] == warm["steered"]
     assert cold["compiled"] == plain["compiled"] + 1 < engines.LAYERS + 1
 

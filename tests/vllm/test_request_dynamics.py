@@ -346,7 +346,8 @@ def test_no_data_of_sites_raises_anything_else(data: Any) -> None:
 
 BAD_CONTROLLERS: list[Any] = [
     3, {"a": {}}, {"a": {"class": "x"}}, {"a": {"class": "x:y:z"}}, {"a": {"class": "os;x:y"}},
-    {"a": {"class": "x:Y", "args": [1]}}, {"a": {"class": "x:Y", "more": 1}}, {"a": {"class": "x:Y", "args": {"v": {1}}}},
+    {"a": {"class": "x:Y", "args": [1]}}, {"a": {"class": "x:Y", "more": 1}},
+    {"a": {"class": "x:Y", "args": {"v": {1}}}},
     {str(i): {"class": "x:Y"} for i in range(17)}, {"": {"class": "x:Y"}},
 ]  # fmt: skip
 

@@ -174,6 +174,23 @@ def test_who_waits_for_rows(name: str) -> None:
     assert [i for i, r in enumerate(case.waiting) if any(r is h for h in held)] == case.held
 
 
+def test_who_waits_for_rows_of_overrides() -> None:
+    """They have a pool of their own; equal gates share none of it."""
+
+    def gated(name: str, decode: str = "") -> Any:
+        made = request("", decode, name=name)
+        made.sampling_params.extra_args = {KEY: {}, DIGESTS: {"prefill": "", "decode": decode, "override": "1"}}
+        return made
+
+    grants = Grants(2, overrides=2)
+    for each in (gated("a"), gated("b", "x")):
+        grants.grant(each)
+    waiting = [gated("c"), request(name="d"), request("", "x", name="e"), request("", "y", name="f")]
+    assert [each.request_id for each in grants.beyond(waiting)] == ["c", "f"]  # none overtakes but with rows there are
+    grants.release(["a"])
+    assert grants.beyond(waiting) == []
+
+
 names = st.sampled_from(["", "a", "b", "c"])
 arrivals = st.tuples(st.integers(0, 5), names, names)
 

@@ -25,7 +25,7 @@ PUSH = vector(9, 2.0).tolist()
 
 
 def status(server: Server) -> dict[str, Any]:
-    answer = ask(server, "GET", "/dynamic", key=None)
+    answer = ask(server, "GET", "/dynamic")
     assert answer.status_code == 200
     found: dict[str, Any] = answer.json()
     return found
@@ -34,6 +34,7 @@ def status(server: Server) -> dict[str, Any]:
 def test_changes_of_sites_and_actions_need_the_key(server: Server) -> None:
     for method, path in (
         ("PUT", "/tier"), ("DELETE", "/tier"), ("PUT", "/monitor"), ("DELETE", "/monitor"), ("POST", "/actions"),
+        ("GET", "/dynamic"),
     ):  # fmt: skip
         assert ask(server, method, path, key="another").status_code == 401
 

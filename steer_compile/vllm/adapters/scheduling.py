@@ -22,7 +22,7 @@ class _Desk:
     """What one scheduler's engine has: its rows, the live requests that may need some, the names of its queues."""
 
     def __init__(self, settings: Settings, scheduler: Any) -> None:
-        self.grants = Grants(settings.spec.rows)
+        self.grants = Grants(settings.spec.rows, settings.spec.overrides)
         self.dynamic = settings.dynamic
         self.steered: set[str] = set()
         self.queues = [name for name in _QUEUES if name in vars(scheduler)]

@@ -1,7 +1,8 @@
 """Entry point of the group ``vllm.endpoint_plugins``. vLLM loads it where ``VLLM_PLUGINS`` names it.
 
-Reading what is steered is open to whoever may use the server. Changes, and captured rows, need the key of the
-environment variable `KEY_VARIABLE` in the header ``X-Steering-Key``; without that variable there are none.
+Reading what is steered is open to whoever may use the server. Changes, captured rows, and the status of dynamic
+steering, which names requests and has scores of what they say, need the key of the environment variable `KEY_VARIABLE`
+in the header ``X-Steering-Key``; without that variable there are none.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ class SteeringEndpoints:
             ("/captures/{name}", "GET", capture),
             ("/captures/{name}", "DELETE", forget_capture),
         ):
-            guarded = method != "GET" or answer is capture
-            router.add_api_route(path, answered(answer, guarded), methods=[method], name=answer.__name__)
+            changes = method != "GET" or answer is capture
+            route = answered(answer, changes or answer is dynamic, changes)
+            router.add_api_route(path, route, methods=[method], name=answer.__name__)
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -79,13 +81,14 @@ class SteeringEndpoints:
         state.steering = None if engine_client is None else Engine.of(engine_client)
 
 
-def answered(answer: Answer, guarded: bool) -> Answer:
+def answered(answer: Answer, guarded: bool, changes: bool) -> Answer:
     """A route that turns refusals into answers, and asks for the key where it changes or gives something away."""
 
     async def route(request: Request) -> Response:
         try:
             if guarded:
                 _check_key(request)
+            if changes:
                 _engine(request).check_changes()
             return await answer(request)
         except Refusal as error:
