@@ -82,7 +82,7 @@ def test_a_gate_crosses_pieces_and_layers_behind_it_share_theirs(models: Path, t
     assert plain["idle"] == cold["idle"] == cold["shut"] == warm["shut"]
     hold_against_hooks(model, cold, tier=True)
     assert cold["steered"] == warm["steered"]
-    assert cold["compiled"] == plain["compiled"] + 1 < engines.LAYERS + 1
+    assert cold["compiled"] == plain["compiled"] + 1  # of the three pieces between two layers, two are one still
 
 
 def test_each_layer_gets_its_own_vector_where_inductor_cuts_the_graph(models: Path, tmp_path: Path) -> None:
