@@ -51,6 +51,10 @@ class OverrideRows:
         """The factor of a row."""
         return self._late.get(row, self._store.scale(row))
 
+    def own(self, row: int) -> Contents:
+        """What a row of a configuration holds beside everyone's, with its factor."""
+        return self._store.own(row)
+
     @property
     def everyone(self) -> Contents:
         """What every decoded token gets."""

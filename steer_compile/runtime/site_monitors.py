@@ -143,8 +143,14 @@ class SiteMonitors:
     def _remembers(self) -> bool:
         return any(bank.kind == "state" for bank in self._tables.banks)
 
-    def before_step(self, decoded: npt.NDArray[np.bool_]) -> None:
-        """The same for a call whose tokens are in either phase: gain where a token is decoded, 0 where it is not."""
+    def before_step(self, decoded: npt.NDArray[np.bool_], lines: npt.NDArray[np.int32] | None = None) -> None:
+        """The same for a call whose tokens are in either phase: gain where a token is decoded, 0 where it is not.
+
+        Args:
+            lines: memory line of each token, 0 for none; None where nothing remembers.
+        """
+        if lines is not None:
+            self._tables.slots(lines)
         if any(bank.kind in TOKEN_KINDS for bank in self._tables.banks):
             self._written = None
             self._tables.mask(decoded, self._gain)

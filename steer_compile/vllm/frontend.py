@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,14 @@ from steer_compile.errors import SiteNotFound, SpecError, TableFull, VectorError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
 from steer_compile.runtime.steering import Steering
-from steer_compile.runtime.vectors import PHASES
+from steer_compile.runtime.vectors import PHASES, VectorSet
 from steer_compile.vllm.capture_files import file_at, file_name
 from steer_compile.vllm.captures import EVERYTHING, CaptureRequest
 from steer_compile.vllm.model import Shape, expected_banks
-from steer_compile.vllm.requests import CaptureAsked, parse, parts
+from steer_compile.vllm.request_gates import gated
+from steer_compile.vllm.requests import OVERRIDE, CaptureAsked, parse, parts
 from steer_compile.vllm.settings import Settings, load_vectors
+from steer_compile.vllm.site_data import Former, SiteMonitor, Tier
 from steer_compile.vllm.transport import sent
 
 MOST_SETS, MOST_NUMBERS = 256, 1 << 28
@@ -41,7 +43,7 @@ class Checked:
 
     Attributes:
         data: for the engine.
-        digests: of what it adds in each phase, "" for nothing.
+        digests: of what it adds in each phase, "" for nothing; and whether it may need a row for overrides.
         capture: the name and file of its captured rows, None without.
         whole: it captures prompt tokens, all of which must therefore be computed.
     """
@@ -87,18 +89,26 @@ class FrontEnd:
             SpecError, VectorError, SiteNotFound, UnknownName: what the engine cannot do. TableFull: more rows than
                 the spec has in all.
         """
-        rest, asked = parts(given)
+        rest, gates, asked = parts(given)
         steering = parse(rest)
-        made = self._made(steering)
+        made, more = self._made(steering), dict[str, Any]()
+        if gates is not None:
+            own, at_most, more = gated(self._registry, self.settings.spec, made["decode"], steering.tokens, gates)
+            made = {**made, "decode": own}
+            for contents in (own, at_most):
+                self._registry.check(contents, _SHARE)
         tokens = "" if steering.tokens is None else repr(steering.tokens)
         digests = {phase: _short(contents.digest() + tokens) if contents else "" for phase, contents in made.items()}
         needed = sum(bool(digest) for digest in digests.values())
         if needed > self._rows:
             raise TableFull(f"the request needs {needed} rows, one for each phase, and the spec has rows={self._rows}")
+        data = {**sent(made, steering.tokens), **more}
+        if more.get("gates") or more.get("conversation"):
+            digests[OVERRIDE] = "1"
         if asked is None:
-            return Checked(sent(made, steering.tokens), digests)
+            return Checked(data, digests)
         capture = self._capture(asked)
-        data = {**sent(made, steering.tokens), "capture": capture.to_data()}
+        data["capture"] = capture.to_data()
         file = file_at(self.settings.capture_dir, capture.name)
         whole = bool(capture.tokens.spans) or capture.tokens.last_prompt
         return Checked(data, digests, {"name": capture.name, "file": str(file)}, whole)
@@ -111,6 +121,11 @@ class FrontEnd:
         return made
 
     def _capture(self, asked: CaptureAsked) -> CaptureRequest:
+        if self._captured and not self.settings.capture_dir:
+            raise SpecError(
+                "the request captures, and this engine has no folder for captured rows; give capture_dir in "
+                "additional_config"
+            )
         sites = self._captured if asked.sites is None else asked.sites
         absent = [f"layers.{layer}.{hook}" for hook, layer in sites if (hook, layer) not in self._captured]
         if absent or not sites:
@@ -121,6 +136,12 @@ class FrontEnd:
                 f"{more}; name its sites in the spec's capture"
             )
         return CaptureRequest(file_name(asked.name), sites, asked.tokens or EVERYTHING)
+
+    def check_sites(self, change: Tier | SiteMonitor) -> None:
+        """Raise `SiteNotFound` or `VectorError` for a tier or a monitor that the engine's sites cannot take."""
+        with self._lock:
+            Former(Tier(VectorSet(), 1.0), {}).set(self._registry)
+            change.set(self._registry)
 
     # -- what an operator changes ---------------------------------------------------------------------------------
 
@@ -152,6 +173,12 @@ class FrontEnd:
         with self._lock:
             self._registry.named.pop(name)
             self._sizes.pop(name, None)
+
+    def sets(self, names: Iterable[str]) -> dict[str, VectorSet]:
+        """Named sets, of those names that there are."""
+        with self._lock:
+            known = self._registry.names
+            return {name: self._registry.named.get(name) for name in names if name in known}
 
     def vectors(self) -> list[dict[str, Any]]:
         """Named sets: name, digest, how many numbers."""

@@ -12,7 +12,7 @@ from torch.utils.dlpack import from_dlpack
 
 from steer_compile import torch_compat
 from steer_compile.errors import LoweringError, SiteNotFound
-from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, Bank, Miss, Plan, Site, bank_name, slot_name
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, SLOT, Bank, Miss, Plan, Site, bank_name, slot_name
 from steer_compile.passes.find_sites import find_sites
 from steer_compile.passes.fused_norms import opened_sums
 from steer_compile.passes.lower_edits import lower_edits
@@ -164,11 +164,12 @@ def _parts(tables: TableSet) -> dict[str, Tensor]:
     place in a storage is part of a compiled piece's key."""
     found: dict[str, Tensor] = {}
     for i, (bank, tensor) in enumerate(zip(tables.banks, tables.tensors, strict=True)):
-        if bank.kind == "capture":
+        if bank.kind in ("capture", "score"):
             found[bank_name(i)] = tensor
-        else:
+        if bank.kind != "capture":
             found |= {slot_name(i, k): from_dlpack(tensor[k]) for k in range(len(bank.sites))}
-    return found | tables.named((ROWS, SCALE, GAIN, DECODE))
+    remembers = any(bank.kind == "state" for bank in tables.banks)
+    return found | tables.named((ROWS, SCALE, GAIN, DECODE, *(SLOT,) * remembers))
 
 
 def expected_banks(spec: SteerSpec, shape: Shape) -> tuple[Bank, ...]:

@@ -10,6 +10,8 @@ Declarative data only::
      "tokens": {"spans": [[0, 5]], "last_prompt": true, "generated": true},
      "monitors": {"layers.3.post_block": {"probe": [...], "threshold": 0.5, "sharpness": 4.0}},
      "clamps": {"layers.3.post_block": [{"direction": [...], "lo": -1.0, "hi": 1.0}]},
+     "gates": [{"when": ..., "scope": ..., "apply": ...}],    as in `steer_compile.dynamic.gates`
+     "conversation": "chat 12",                         what the request belongs to
      "capture": {"sites": {"post_block": [3, 5]}, "tokens": {"last_prompt": true}, "name": "run 7"}}
 """
 
@@ -29,6 +31,7 @@ from steer_compile.errors import SpecError, VectorError
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.vectors import SiteKey, TokenSelection, site_key
+from steer_compile.vllm.request_gates import GatesAsked
 
 KEY = "steer"
 """Key of a request's steering in ``extra_args`` and ``vllm_xargs``."""
@@ -36,6 +39,8 @@ CAPTURE = "steer_capture"
 """Key under which the front end puts where a request's captured rows will be."""
 DIGESTS = "steer_digests"
 """Key under which the front end puts the digest of a request's steering in each phase, "" for none."""
+OVERRIDE = "override"
+"""Key beside these: whether the request may need a row for overrides."""
 MAX_NUMBERS = 1 << 26
 """Most numbers of one packed piece."""
 MOST_NAMES, MOST_SPANS = 16, 64
@@ -75,16 +80,18 @@ class CaptureAsked:
     name: str
 
 
-def parts(given: object) -> tuple[dict[str, Any], CaptureAsked | None]:
-    """A request's steering without ``capture``, for `parse`, and that.
+def parts(given: object) -> tuple[dict[str, Any], GatesAsked | None, CaptureAsked | None]:
+    """A request's steering without its gates and ``capture``, for `parse`, and these.
 
     Raises:
-        SpecError: data of another form, or a site that is none.
+        SpecError, VectorError: data of another form, a site that is none, or gates that cannot be.
     """
     data = _object("steer", _decoded(given))
-    asked = data.pop("capture", None)
-    if asked is None:
-        return data, None
+    asked, gates = data.pop("capture", None), GatesAsked.taken(data)
+    return data, gates, None if asked is None else _capture(asked)
+
+
+def _capture(asked: object) -> CaptureAsked:
     fields = _object("capture", asked)
     unknown = sorted(set(fields) - {"sites", "tokens", "name"})
     if unknown:
@@ -93,7 +100,7 @@ def parts(given: object) -> tuple[dict[str, Any], CaptureAsked | None]:
     if not isinstance(name, str):
         raise SpecError(f"capture has the name {name!r}; give text")
     tokens = _tokens(fields["tokens"]) if fields.get("tokens") is not None else None
-    return data, CaptureAsked(_sites(fields.get("sites")), tokens, name)
+    return CaptureAsked(_sites(fields.get("sites")), tokens, name)
 
 
 def _sites(given: object) -> tuple[SiteKey, ...] | None:
@@ -117,6 +124,12 @@ def digests(extra_args: object) -> tuple[str, str]:
     """Digests of a request that the front end let in, in prefill and in decode; "" for nothing of its own."""
     given = extra_args.get(DIGESTS) if isinstance(extra_args, Mapping) and KEY in extra_args else None
     return (str(given["prefill"]), str(given["decode"])) if isinstance(given, Mapping) else ("", "")
+
+
+def overrides(extra_args: object) -> bool:
+    """Whether a request that the front end let in may need a row of the pool of overrides for what it declares."""
+    given = extra_args.get(DIGESTS) if isinstance(extra_args, Mapping) and KEY in extra_args else None
+    return isinstance(given, Mapping) and bool(given.get(OVERRIDE))
 
 
 def _decoded(given: object) -> object:

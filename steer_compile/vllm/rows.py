@@ -16,17 +16,29 @@ from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import GLOBAL_ROWS
 from steer_compile.runtime.vectors import PHASES, TokenSelection
+from steer_compile.vllm.lines import Lines
 from steer_compile.vllm.requests import KEY
 from steer_compile.vllm.transport import received
 
 Numbers = npt.NDArray[np.int32]
-_EVERYONE = tuple(GLOBAL_ROWS[phase] for phase in PHASES)
+_EVERYONE = (GLOBAL_ROWS["prefill"], GLOBAL_ROWS["decode"])
 
 
 @dataclass(frozen=True)
 class _Live:
+    """A request with a slot; without a handle it has nothing of its own, and is routed elsewhere while it decodes."""
+
     slot: int
-    handle: Handle
+    handle: Handle | None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Its own rows of prompt tokens and of decoded ones."""
+        if self.handle is None:
+            return _EVERYONE
+        plan = self.handle.plan
+        prefill, decode = (plan.row(phase) for phase in PHASES)
+        return prefill, decode if plan.tokens is None or plan.tokens.generated else GLOBAL_ROWS["decode"]
 
 
 class RequestRows:
@@ -37,63 +49,88 @@ class RequestRows:
     """
 
     def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+        self.registry = registry
         self._live: dict[str, _Live] = {}
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._rows = np.array([_EVERYONE], np.int32)
         self._chosen: dict[int, TokenSelection] = {}
-        self._last, self._decoded = np.zeros(0, np.int32), np.zeros(0, np.bool_)
+        self._lines = Lines(registry.tables)
+        self._last, self._decoded, self._of_lines = np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.int32)
+        self._gain = registry.sites.gain
 
     @property
     def live(self) -> int:
         """Requests that hold rows."""
-        return len(self._live)
+        return sum(live.handle is not None for live in self._live.values())
 
     def set_everyone(self, everyone: Mapping[str, Contents]) -> None:
         """Replace what every request gets beside its own."""
-        self._registry.adopt_global(everyone)
+        self.registry.adopt_global(everyone)
 
     def state(self) -> dict[str, int]:
         """Requests with rows of their own, rows in use, and rows in all."""
-        rows = self._registry.tables.spec.rows
-        return {"requests": self.live, "rows_in_use": self._registry.rows_in_use, "rows": rows}
+        rows = self.registry.tables.spec.rows
+        return {"requests": self.live, "rows_in_use": self.registry.rows_in_use, "rows": rows}
 
     def drop(self, requests: Iterable[str]) -> None:
         """Give the rows of requests back that finished or were preempted."""
-        for request in requests:
+        names = tuple(requests)
+        self._lines.drop(names)
+        for request in names:
             gone = self._live.pop(request, None)
             if gone is not None:
                 del self._slots[request]
                 self._chosen.pop(gone.slot, None)
                 self._free.append(gone.slot)
-                self._registry.release(gone.handle)
+                if gone.handle is not None:
+                    self.registry.release(gone.handle)
 
     def admit(self, request: str, extra_args: Mapping[str, Any] | None) -> None:
         """Rows for a request that begins or goes on, if it asks for steering; those that it had before go back.
 
         Raises:
-            TableFull: no free row, which the scheduler is there to prevent.
+            TableFull: no free row, which the scheduler is there to prevent. TooManyTokens: no line of gates' memory.
         """
         self.drop((request,))
+        if self._lines:
+            self._lines.begin(request)
         if not extra_args or KEY not in extra_args:
             return
         made, tokens = received(extra_args[KEY])
         if not any(made.values()):
             return
-        handle = self._registry.adopt(made, tokens)
+        handle = self.registry.adopt(made, tokens)
+        live = self._take(request, handle)
+        if handle.plan.tokens is not None:
+            self._chosen[live.slot] = handle.plan.tokens
+
+    def _take(self, request: str, handle: Handle | None) -> _Live:
         if not self._free:
             count = len(self._rows)
             self._free = list(range(2 * count - 1, count - 1, -1))
             self._rows = np.concatenate([self._rows, np.tile(np.array(_EVERYONE, np.int32), (count, 1))])
-        slot = self._free.pop()
-        plan = handle.plan
-        rows = [plan.row(phase) for phase in PHASES]
-        if plan.tokens is not None:
-            self._chosen[slot] = plan.tokens
-            rows[1] = rows[1] if plan.tokens.generated else GLOBAL_ROWS["decode"]
-        self._rows[slot] = rows
-        self._live[request], self._slots[request] = _Live(slot, handle), slot
+        live = _Live(self._free.pop(), handle)
+        self._rows[live.slot] = live.rows
+        self._live[request], self._slots[request] = live, live.slot
+        return live
+
+    def row(self, request: str) -> int:
+        """Row that decoded tokens of a request read of its own, routed or not."""
+        live = self._live.get(request)
+        return _EVERYONE[1] if live is None else live.rows[1]
+
+    def route(self, request: str, row: int | None) -> None:
+        """From the next step on, decoded tokens of a request read this row; None: its own. Prompt tokens never do."""
+        live = self._live.get(request)
+        if row is not None:
+            live = live or self._take(request, None)
+            self._rows[live.slot, 1] = row
+        elif live is not None and live.handle is not None:
+            self._rows[live.slot] = live.rows
+        elif live is not None:
+            del self._live[request], self._slots[request]
+            self._free.append(live.slot)
 
     def step(self, requests: Sequence[str], starts: Numbers, counts: Numbers, prompts: Numbers) -> None:
         """Write the row of every token, and whether it is decoded; rows behind the last token are 0.
@@ -122,7 +159,8 @@ class RequestRows:
             picked = self._rows[slots[owner], decoded.view(np.int8)]
         if self._chosen:
             self._choose(picked, slots, (starts, counts, prompts))
-        self._write(picked, decoded)
+        lines = self._lines.step(requests, starts, counts, prompts) if self._lines else None
+        self._write(picked, decoded, lines)
 
     def _choose(
         self, picked: npt.NDArray[np.int32], slots: npt.NDArray[np.intp], spans: tuple[Numbers, Numbers, Numbers]
@@ -138,24 +176,29 @@ class RequestRows:
                 part = picked[firsts[i] : firsts[i] + length]
                 part[~chosen.mask(start, length, prompt)] = GLOBAL_ROWS["prefill"]
 
-    def _write(self, rows: npt.NDArray[np.int32], decoded: npt.NDArray[np.bool_]) -> None:
+    def _write(self, rows: Numbers, decoded: npt.NDArray[np.bool_], lines: Numbers | None) -> None:
         """Hand the step to the tables, unless they hold just it, as in steady decoding.
 
         What the last step had behind this one's end is nothing again.
         """
-        before = self._last.size
-        if before == rows.size and np.array_equal(self._last, rows) and np.array_equal(self._decoded, decoded):
+        before, gain = self._last.size, self.registry.sites.gain
+        same = before == rows.size and np.array_equal(self._last, rows) and np.array_equal(self._decoded, decoded)
+        if same and gain == self._gain and (lines is None or np.array_equal(self._of_lines, lines)):
             return
         room = max(rows.size, before)
         padded = np.zeros(room, np.int32), np.zeros(room, np.bool_)
         padded[0][: rows.size], padded[1][: rows.size] = rows, decoded
-        self._send(*padded)
-        self._last, self._decoded = rows, decoded
+        of_lines = None
+        if lines is not None:
+            of_lines = np.zeros(room, np.int32)
+            of_lines[: lines.size] = self._of_lines = lines
+        self._send(*padded, of_lines)
+        self._last, self._decoded, self._gain = rows, decoded, gain
 
-    def _send(self, rows: npt.NDArray[np.int32], decoded: npt.NDArray[np.bool_]) -> None:
-        most = self._registry.tables.spec.max_tokens
+    def _send(self, rows: Numbers, decoded: npt.NDArray[np.bool_], lines: Numbers | None) -> None:
+        most = self.registry.tables.spec.max_tokens
         if rows.size > most:
             raise TooManyTokens(f"a step has {rows.size} tokens and the tables have room for {most}; report the engine")
         with torch.no_grad():
-            self._registry.tables.index(rows)
-            self._registry.sites.before_step(decoded)
+            self.registry.tables.index(rows)
+            self.registry.sites.before_step(decoded, lines)

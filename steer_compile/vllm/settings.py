@@ -15,16 +15,17 @@ from safetensors.torch import load_file
 
 from steer_compile.errors import SpecError
 from steer_compile.spec import SteerSpec
+from steer_compile.vllm.operator_code import ControllerSpec, controller_specs, to_data
 
 KEY = "steer_compile"
 """Key of the settings in vLLM's ``additional_config``."""
 
-OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes")
+OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes", "controllers")
 """Keys beside the spec's."""
 CAPTURE_BYTES = 1 << 30
 
-REQUEST_OPS = ("add", "row_monitor", "clamp")
-"""Op families whose data a request brings."""
+SITE_OPS = ("tier", "monitor")
+"""Op families whose data an operator sets for sites while requests run."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Settings:
         spec: what may be steered; ``max_tokens`` is the engine's own.
         vectors: pairs of a name and the safetensors file of its vectors (tensors named ``layers.3.post_block``).
         vector_root: folder whose files an operator may register by path over HTTP; "" for none.
-        capture_dir: folder for captured rows, on the machine of the engine; needed where the spec captures.
+        capture_dir: folder for captured rows, on the machine of the engine; needed where the spec captures, unless
+            controllers or gates of requests look at what it captures.
         capture_bytes: most bytes of captured rows in memory; of what comes beyond them rows are dropped.
+        controllers: controllers of dynamic steering, run on every rank.
     """
 
     spec: SteerSpec
@@ -44,6 +47,17 @@ class Settings:
     vector_root: str = ""
     capture_dir: str = ""
     capture_bytes: int = CAPTURE_BYTES
+    controllers: tuple[ControllerSpec, ...] = ()
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether anything may change the steering of decoded tokens while their requests run."""
+        return bool(self.spec.overrides or self.controllers or self.families & set(SITE_OPS))
+
+    @property
+    def families(self) -> set[str]:
+        """Op families of the spec."""
+        return {op for selection in self.spec.steer for op in selection.ops}
 
     @classmethod
     def read(cls, additional_config: object, max_tokens: int, dtype: torch.dtype) -> Settings | None:
@@ -67,9 +81,11 @@ class Settings:
             )
         plain = {key: value for key, value in given.items() if key not in OWN_KEYS}
         spec = SteerSpec.from_dict({"dtype": dtype, **plain, "max_tokens": max_tokens})
-        _check_reach(spec)
+        controllers = controller_specs(given.get("controllers", {}))
+        _check_reach(spec, bool(controllers))
         folders = {name: _folder(name, given.get(name, "")) for name in ("vector_root", "capture_dir")}
-        if bool(spec.capture) != bool(folders["capture_dir"]):
+        looked_at = bool(spec.overrides or controllers)
+        if bool(spec.capture) != bool(folders["capture_dir"]) and not (spec.capture and looked_at):
             raise SpecError(
                 "captures of vLLM's requests go to files, and the spec has "
                 + (
@@ -81,16 +97,17 @@ class Settings:
         most = given.get("capture_bytes", CAPTURE_BYTES)
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise SpecError(f"capture_bytes={most!r} is no number of bytes; give a whole number above 0")
-        return cls(spec, _files(given.get("vectors", {})), **folders, capture_bytes=most)
+        files = _files(given.get("vectors", {}))
+        return cls(spec, files, **folders, capture_bytes=most, controllers=controllers)
 
 
-def _check_reach(spec: SteerSpec) -> None:
-    """Refuse what no request of an engine could reach, rather than compile it in for nothing."""
-    idle = sorted({op for selection in spec.steer for op in selection.ops} - set(REQUEST_OPS))
-    if idle:
+def _check_reach(spec: SteerSpec, controllers: bool) -> None:
+    """Refuse what nothing in an engine could reach, rather than compile it in for nothing."""
+    scored = next((selection.hook for selection in spec.steer if "score" in selection.ops), None)
+    if scored is not None and not controllers:
         raise SpecError(
-            f"the spec has the op family {idle[0]!r}, which no request of vLLM can set; the families of requests are "
-            f"{', '.join(REQUEST_OPS)}"
+            f"the spec has the op family 'score' at {scored}, and no controller reads scores; name one in controllers, "
+            "or leave the family out"
         )
 
 
@@ -114,6 +131,7 @@ def engine_args(
     vectors: Mapping[str, str | Path] | None = None,
     vector_root: str | Path = "",
     capture_dir: str | Path = "",
+    controllers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` or ``AsyncEngineArgs`` that switch steering on.
 
@@ -121,16 +139,20 @@ def engine_args(
         spec: what may be steered. Its ``max_tokens`` has no part in it.
         vectors: named vector sets for requests: name to safetensors file.
         vector_root: folder whose vector files an operator of a server may register by path.
-        capture_dir: folder for captured rows; needed where the spec captures.
+        capture_dir: folder for captured rows; needed where the spec captures and nothing but requests reads that.
+        controllers: controllers of dynamic steering: name to ``{"class": "module:Class", "args": {...}}``, of which
+            every process of the engine makes one. Code of the operator's; requests cannot name any.
 
     Raises:
-        SpecError: a vector file or a folder that is not there.
+        SpecError: a vector file or a folder that is not there, or controllers of another form.
     """
     plain = {key: value for key, value in spec.to_dict().items() if key != "max_tokens"}
     files = dict(_files({name: str(path) for name, path in (vectors or {}).items()}))
     more: dict[str, Any] = {"vectors": files} if files else {}
     folders = {"vector_root": vector_root, "capture_dir": capture_dir}
     more |= {name: _folder(name, str(path)) for name, path in folders.items() if path}
+    if controllers:
+        more["controllers"] = to_data(controller_specs(controllers))
     return {"additional_config": {KEY: {**plain, **more}}}
 
 

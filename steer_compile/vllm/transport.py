@@ -37,6 +37,16 @@ def received(data: Mapping[str, Any]) -> tuple[dict[str, Contents], TokenSelecti
     return made, TokenSelection(tuple(tuple(span) for span in spans), last_prompt, generated)
 
 
+def sent_sets(sets: Mapping[str, VectorSet]) -> dict[str, Any]:
+    """Vector sets by name."""
+    return {name: _set(vectors) for name, vectors in sets.items()}
+
+
+def received_sets(data: Mapping[str, Any]) -> dict[str, VectorSet]:
+    """Those of `sent_sets`."""
+    return {name: _read_set(vectors) for name, vectors in data.items()}
+
+
 def _contents(contents: Contents) -> dict[str, Any]:
     sets = list(dict.fromkeys(vectors for vectors, _ in contents.parts))
     return {

@@ -4,8 +4,9 @@ On a CPU vLLM compiles whole graphs. Four things are put back there, so that its
 the mode that was asked for, no sizes of their own, no fusions of device kernels, no pass over operators of a GPU.
 
 Arguments: the model's folder, ``pieces`` or ``partition`` (Inductor cuts the graph in place of vLLM), and hooks to
-steer, none for an engine without a spec. Prints one line of JSON: tokens with nothing active, tokens and
-log-probabilities with a vector at each layer, pieces that were compiled, artifacts that were loaded, splices.
+steer, none for an engine without a spec, or ``across``: a probe at layer 0 that gates a tier at each layer. Prints one
+line of JSON: tokens with nothing active, tokens and log-probabilities with a vector at each layer (``across``: with the
+tier and an open gate, and tokens with a shut one), pieces that were compiled, artifacts that were loaded, splices.
 """
 
 from __future__ import annotations
@@ -64,17 +65,47 @@ def count_splices() -> list[int]:
     return splices
 
 
+ACROSS = SteerSpec(
+    steer=({"hook": "post_attn", "layers": [0], "ops": ["monitor", "memory"]}, {"hook": "post_block", "ops": ["tier"]}),
+    rows=8, cross_layer=True,
+)  # fmt: skip
+
+
+def across(llm: Any) -> dict[str, Any]:
+    """A tier at each layer in turn behind the gate at layer 0, and all of them behind a shut one."""
+
+    def change(**what: Any) -> None:
+        llm.collective_rpc("steer_compile_set_sites", args=(1, what))
+
+    def gate(threshold: float) -> None:
+        probe = engines.vector(6).tolist()
+        given = {"probe": probe, "threshold": threshold, "kind": "step", "low": threshold - 1}
+        change(monitor={"site": "layers.0.post_attn", "monitor": given})
+
+    found: dict[str, Any] = {"steered": [], "numbers": []}
+    gate(-1e6)
+    for n in range(engines.LAYERS):
+        change(tier={"vectors": {f"layers.{n}.post_block": engines.vector(1 + n, 0.6).tolist()}})
+        (output,) = engines.generated(llm, [None])
+        found["steered"] += engines.texts([output])
+        found["numbers"].append(engines.logprobs(output))
+    gate(1e6)
+    return {**found, "shut": engines.texts(engines.generated(llm, [None]))[0]}
+
+
 def main() -> None:
     folder, partition, hooks = Path(sys.argv[1]), sys.argv[2] == "partition", tuple(sys.argv[3:])
     if current_platform.is_cpu():
         allow_pieces()
     splices = count_splices()
-    spec = SteerSpec(steer=hooks, rows=8) if hooks else None
+    spec = ACROSS if hooks == ("across",) else SteerSpec(steer=hooks, rows=8) if hooks else None
     llm = engines.engine(folder, spec, compilation_config={"mode": 3, "use_inductor_graph_partition": partition})
     from torch._dynamo.utils import counters
 
     found: dict[str, Any] = {"idle": engines.texts(engines.generated(llm, [None]))[0]}
-    if hooks:
+    if spec is ACROSS:
+        found |= across(llm)
+    elif hooks:
         outputs = engines.generated(llm, [engines.at(n, engines.vector(1, 0.6)) for n in range(engines.LAYERS)])
         found |= {"steered": engines.texts(outputs), "numbers": [engines.logprobs(o) for o in outputs]}
     counts = {

@@ -1,6 +1,7 @@
-"""An engine in processes of its own: ``python -m tests.vllm.processes FOLDER RANKS [ngram | CAPTURES]``.
+"""An engine in processes of its own: ``python -m tests.vllm.processes FOLDER RANKS [ngram | dynamic | CAPTURES]``.
 
-Prints tokens as JSON; with a folder for captures the positions of a request's captured rows.
+Prints tokens as JSON; with a folder for captures the positions of a request's captured rows; for dynamic steering also
+checksums of the ranks, before and behind an action that one of them alone takes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from steer_compile import SteerSpec
 from steer_compile.vllm import captured
@@ -29,7 +31,26 @@ def captured_positions(model: Path, ranks: int, folder: str) -> list[int]:
     return list(captured(output, llm).positions.tolist())
 
 
+DYNAMIC = SteerSpec(steer=("post_block",), capture=("post_block",), rows=8, overrides=4)
+PLANS = {"chat": [len(engines.PROMPT) + 1, 3, 1, 0.7], "wide": [len(engines.PROMPT) + 2, 30, 2, -0.4]}
+CONTROLLERS = {"script": {"class": "tests.vllm.controllers:Script", "args": {"plans": PLANS, "apart": 30}}}
+
+
+def dynamic(model: Path, ranks: int) -> list[Any]:
+    """Tokens of requests that a controller pushes, and what it applied on each rank."""
+    llm = engines.engine(model, DYNAMIC, tensor_parallel_size=ranks, controllers=CONTROLLERS)
+    asked = [None, {"conversation": "chat"}, {"conversation": "wide"}]
+    tokens = engines.texts(engines.generated(llm, asked, TOKENS))
+    checksums = [[s["checksum"] for s in llm.collective_rpc("steer_compile_dynamic")]]
+    engines.generated(llm, asked, TOKENS)
+    checksums.append([s["checksum"] for s in llm.collective_rpc("steer_compile_dynamic")])
+    return [tokens, checksums]
+
+
 if __name__ == "__main__":
+    if "dynamic" in sys.argv[3:]:
+        print(json.dumps(dynamic(Path(sys.argv[1]), int(sys.argv[2]))))
+        sys.exit()
     if sys.argv[3:] and sys.argv[3] != "ngram":
         print(json.dumps(captured_positions(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
         sys.exit()

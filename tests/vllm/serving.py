@@ -64,14 +64,19 @@ def serving(folder: Path, root: Path) -> Iterator[Server]:
     captures = root / "captures"
     captures.mkdir()
     config = cli_config(
-        SteerSpec(steer=("post_block",), capture=("post_block",), rows=8), vector_root=root, capture_dir=captures
-    )
+        SteerSpec(
+            steer=("post_block",), capture=("post_block",), rows=8, overrides=4,
+            ops=("add", "tier", "monitor", "row_monitor"),
+        ),
+        vector_root=root, capture_dir=captures, controllers={"idle": {"class": "tests.vllm.controllers:Idle"}},
+    )  # fmt: skip
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128", "--max-num-seqs", "8",
         "--max-num-batched-tokens", "256", "--block-size", "32", "--additional-config", config,
     ]  # fmt: skip
     env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), os.environ.get("PYTHONPATH", "")]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_PLUGINS": "steer_compile,steer_compile_endpoints",
         "STEER_COMPILE_API_KEY": KEY,

@@ -38,16 +38,19 @@ def run(model: Path, cache: Path, *hooks: str, cut: str = "pieces") -> dict[str,
     return found
 
 
-def hold_against_hooks(model: Path, found: dict[str, Any]) -> None:
+def hold_against_hooks(model: Path, found: dict[str, Any], tier: bool = False) -> None:
+    """Of a vector at each layer in turn; a tier has another one for each, and is for decoded tokens."""
     from transformers import AutoModelForCausalLM
 
     judge = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for layer, tokens in enumerate(found["steered"]):
         output = type("Output", (), {"token_ids": tokens})
-        wanted, numbers = engines.judged(judge, output, engines.vector(1, 0.6), layer, False)
+        vector = engines.vector(1 + layer * tier, 0.6)
+        wanted, numbers = engines.judged(judge, output, vector, layer, tier)
         assert tokens == wanted
         assert found["numbers"][layer] == pytest.approx(numbers, abs=engines.TOLERANCE)
-    assert len({round(numbers[0], 2) for numbers in found["numbers"]}) == engines.LAYERS  # no layer is another one
+    at = int(tier)  # the first token that the vectors reach
+    assert len({round(numbers[at], 2) for numbers in found["numbers"]}) == engines.LAYERS  # no layer is another one
 
 
 def test_each_layer_gets_its_own_vector_from_shared_pieces_cold_and_warm(models: Path, tmp_path: Path) -> None:
@@ -68,6 +71,18 @@ def test_each_layer_gets_its_own_vector_from_shared_pieces_cold_and_warm(models:
     assert (warm["splices"], warm["compiled"]) == ([] if warm["loaded"] else cold["splices"], 0)
     assert warm["loaded"] or version.parse(torch.__version__) < version.parse("2.12")
     assert (other["loaded"], other["splices"]) == (0, [engines.LAYERS])  # another spec is another artifact
+
+
+def test_a_gate_crosses_pieces_and_layers_behind_it_share_theirs(models: Path, tmp_path: Path) -> None:
+    """The gate's value is handed on from piece to piece; a detector costs its own layer's piece and no other."""
+    model = engines.saved("llama", models)
+    plain = run(model, tmp_path)
+    cold = run(model, tmp_path, "across")
+    warm = run(model, tmp_path, "across")
+    assert plain["idle"] == cold["idle"] == cold["shut"] == warm["shut"]
+    hold_against_hooks(model, cold, tier=True)
+    assert cold["steered"] == warm["steered"]
+    assert cold["compiled"] == plain["compiled"] + 1  # of the three pieces between two layers, two are one still
 
 
 def test_each_layer_gets_its_own_vector_where_inductor_cuts_the_graph(models: Path, tmp_path: Path) -> None:

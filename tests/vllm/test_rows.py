@@ -99,7 +99,9 @@ def test_each_token_reads_the_row_of_its_request_and_position(
 def test_a_step_that_the_tables_hold_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made, sent_steps = registry(), []
     rows = RequestRows(made)
-    monkeypatch.setattr(rows, "_send", lambda rows, decoded: sent_steps.append((rows.tolist(), decoded.tolist())))
+    monkeypatch.setattr(
+        rows, "_send", lambda rows, decoded, lines: sent_steps.append((rows.tolist(), decoded.tolist()))
+    )
     for start, length in ((3, 1), (4, 1), (0, 2), (5, 1)):
         run(rows, ["a"], [(start, length, 3)])
     decoded, prompt = ([GLOBAL_DECODE], [True]), ([GLOBAL_PREFILL] * 2, [False] * 2)
@@ -172,6 +174,23 @@ def test_who_waits_for_rows(name: str) -> None:
     assert [i for i, r in enumerate(case.waiting) if any(r is h for h in held)] == case.held
 
 
+def test_who_waits_for_rows_of_overrides() -> None:
+    """They have a pool of their own; equal gates share none of it."""
+
+    def gated(name: str, decode: str = "") -> Any:
+        made = request("", decode, name=name)
+        made.sampling_params.extra_args = {KEY: {}, DIGESTS: {"prefill": "", "decode": decode, "override": "1"}}
+        return made
+
+    grants = Grants(2, overrides=2)
+    for each in (gated("a"), gated("b", "x")):
+        grants.grant(each)
+    waiting = [gated("c"), request(name="d"), request("", "x", name="e"), request("", "y", name="f")]
+    assert [each.request_id for each in grants.beyond(waiting)] == ["c", "f"]  # none overtakes but with rows there are
+    grants.release(["a"])
+    assert grants.beyond(waiting) == []
+
+
 names = st.sampled_from(["", "a", "b", "c"])
 arrivals = st.tuples(st.integers(0, 5), names, names)
 
@@ -218,4 +237,4 @@ def test_numbers_of_tokens_are_fp32_whatever_the_default_dtype_is() -> None:
         torch.set_default_dtype(torch.float32)
     assert {made.tables.gain.dtype, made.tables.decode.dtype, made.tables.scale.dtype} == {torch.float32}
     row = made.tables.view("rowprobe_set", ("post_block", 0))[handle.rows["decode"]]
-    assert row.tolist() == torch.tensor([0.1, 1.0]).tolist()
+    assert row[:2].tolist() == torch.tensor([0.1, 1.0]).tolist()

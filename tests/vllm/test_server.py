@@ -56,6 +56,11 @@ def test_malformed_steering_is_answered_by_400_and_nothing_dies(server: Server) 
         '{"monitors": 4}', '{"decode": {"": {"": []}}}', json.dumps({"a" * draw.randrange(9): draw.random()}),
         '{"base": {"post_block": {"-1": [1.0]}}}', '{"named": [["x", "y"]]}', '{"named": {"x": 1}}', "[" * 500,
         "[" * 100_000, "1" * 5000, '{"base": {"post_block": {"1": {"dtype": [], "shape": [1], "data": ""}}}}',
+        '{"gates": 3}', '{"gates": [3]}', '{"gates": [{"apply": {"add": {"named": ["x"]}}}]}', '{"conversation": 3}',
+        json.dumps({"gates": [{"when": {"site": "layers.1.post_block", "probe": ones[:-1]}, "scope": "next_step",
+                               "apply": {"add": {"vectors": {"layers.1.post_block": ones}}}}]}),
+        '{"gates": [{"when": {"site": "layers.9.post_block", "probe": [1.0]}, "apply": {"attenuate": 0.5}}]}',
+        '{"gates": [{"scope": [], "apply": {"clamp": {"layers.1.post_block": [{}]}}}]}',
         '{"base": {"post_block": {"1": [1.0, 1' + "0" * 400 + "]}}}",
     ]  # fmt: skip
     for _ in range(2000):

@@ -55,7 +55,7 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         settings = settings_of(config)
         if settings is None or is_encoder or _is_draft():
             return original(self, compile_prefix, is_encoder)
-        check(config, settings.spec)
+        check(config, settings)
         if self not in _STEERED:  # a compiled class that derives from another one comes here twice
             _STEERED[self] = _attached(self, config, settings)
         steered = _STEERED[self]

@@ -6,9 +6,10 @@ from vllm.config import CompilationMode, VllmConfig
 
 from steer_compile.errors import LoweringError
 from steer_compile.spec import SteerSpec
+from steer_compile.vllm.settings import Settings
 
 
-def check(config: VllmConfig, spec: SteerSpec) -> None:
+def check(config: VllmConfig, settings: Settings) -> None:
     """Refuse an engine with a spec that cannot be steered.
 
     Raises:
@@ -19,7 +20,7 @@ def check(config: VllmConfig, spec: SteerSpec) -> None:
             f"vLLM runs this model without its own compilation (mode {config.compilation_config.mode.name}), and there "
             "is no graph to steer; leave out enforce_eager, and set no compilation mode below DYNAMO_TRACE_ONCE"
         )
-    refused = next((words for on, words in _options(config, spec) if on), "")
+    refused = next((words for on, words in (*_options(config, settings.spec), *_dynamic(config, settings)) if on), "")
     if refused:
         raise LoweringError(refused)
 
@@ -63,5 +64,34 @@ def _options(config: VllmConfig, spec: SteerSpec) -> tuple[tuple[bool, str], ...
         (
             drafts is not None and bool(spec.capture),
             "rows of drafts that are not taken would be captured; leave speculative_config or the spec's capture out",
+        ),
+    )
+
+
+def _dynamic(config: VllmConfig, settings: Settings) -> tuple[tuple[bool, str], ...]:
+    """The same for what dynamic steering needs."""
+    parallel, spec = config.parallel_config, settings.spec
+    looks, remembers = bool(settings.controllers or spec.overrides), "memory" in settings.families
+    most = config.scheduler_config.max_num_seqs
+    return (
+        (
+            parallel.pipeline_parallel_size > 1 and (looks or spec.cross_layer),
+            "controllers, overrides and gates across layers need all layers in one process; set "
+            "pipeline_parallel_size=1, or leave controllers, overrides and cross_layer out",
+        ),
+        (
+            parallel.data_parallel_size > 1 and settings.dynamic,
+            "dynamic steering would differ between the replicas of data parallelism; set data_parallel_size=1 and "
+            "start an engine for each, or leave controllers, overrides and the op families tier and monitor out",
+        ),
+        (
+            config.speculative_config is not None and (bool(settings.controllers) or remembers),
+            "controllers and gates with a memory would see drafts that are not taken; leave speculative_config out, or "
+            "controllers and the op family memory",
+        ),
+        (
+            remembers and most > spec.sequences,
+            f"max_num_seqs={most} requests may run at once, and the gates' memory has sequences={spec.sequences}; "
+            f"give SteerSpec(sequences={most}), or lower max_num_seqs",
         ),
     )

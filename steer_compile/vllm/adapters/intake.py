@@ -49,7 +49,7 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         config = self.vllm_config
         settings = settings_of(config)
         if settings is not None:
-            check(config, settings.spec)
+            check(config, settings)
         _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config).whole)
         refuse_beam_search()
 

@@ -11,27 +11,37 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from steer_compile.dynamic.controller import Controller
 from steer_compile.errors import LoweringError, NotSteered
 from steer_compile.vllm.capture_files import Writer
 from steer_compile.vllm.captures import CaptureRequest, Captures, Room
+from steer_compile.vllm.dynamic import RequestDynamics
 from steer_compile.vllm.model import SteeredModel
+from steer_compile.vllm.operator_code import loaded
 from steer_compile.vllm.requests import KEY as REQUEST_KEY
 from steer_compile.vllm.rows import Numbers, RequestRows
 from steer_compile.vllm.settings import KEY, Settings
+from steer_compile.vllm.site_data import Former
 
 
 @dataclass
 class Live:
-    """The requests of one runner: their rows, and in the first of its ranks what they capture."""
+    """The requests of one runner: their rows, what changes them while they run, and in the first of its ranks what
+    they capture."""
 
     rows: RequestRows
+    dynamic: RequestDynamics | None = None
     captures: Captures | None = None
     writer: Writer | None = None
     tokens: tuple[Tensor, Tensor] | None = None
     """Token ids and positions of the step, on the device."""
+    former: tuple[int, Former] | None = None
+    """The last change of sites by an operator, and what they had before."""
 
     def ended(self, scheduled: Any) -> None:
         """Rows become free at every step, also at one without tokens, which tells an idle engine what has finished."""
+        if self.dynamic is not None:
+            self.dynamic.ended(scheduled.finished_req_ids, scheduled.preempted_req_ids or ())
         self.rows.drop(scheduled.finished_req_ids)
         self.rows.drop(scheduled.preempted_req_ids or ())
         if self.captures is not None and self.writer is not None:
@@ -42,13 +52,18 @@ class Live:
         """Requests begin, begin again or go on with more input; given with their sampling parameters."""
         for request, params in requests:
             extra = params.extra_args if params is not None else None
+            given = (extra or {}).get(REQUEST_KEY, {})
+            if self.dynamic is not None:
+                self.dynamic.begun(request, given)
             self.rows.admit(request, extra)
-            asked = (extra or {}).get(REQUEST_KEY, {}).get("capture")
+            asked = given.get("capture")
             if asked is not None and self.captures is not None:
                 self.captures.begin(request, CaptureRequest.of_data(asked))
 
     def step(self, requests: list[str], spans: tuple[Numbers, Numbers, Numbers], tokens: tuple[Tensor, Tensor]) -> None:
         """A forward follows. ``spans``: starts, counts and prompts, as in `RequestRows.step`."""
+        if self.dynamic is not None:
+            self.dynamic.begin(requests, spans, tokens[0])
         self.rows.step(requests, *spans)
         if self.captures is not None and self.captures.expecting:
             self.captures.plan(requests, *spans)
@@ -59,10 +74,12 @@ class Live:
         if self.tokens is not None and self.captures is not None:
             self.captures.collect(*self.tokens)
             self.tokens = None
+        if self.dynamic is not None:
+            self.dynamic.end()
 
 
 _LIVE: WeakKeyDictionary[Any, Live] = WeakKeyDictionary()
-_ANNOUNCED: dict[int, tuple[SteeredModel, Settings]] = {}
+_ANNOUNCED: dict[int, tuple[SteeredModel, Settings, tuple[Controller, ...]]] = {}
 
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -77,7 +94,7 @@ def building(
     The module is not imported, as that starts the device: a model is built by a runner that is there.
 
     Raises:
-        LoweringError: the module is not loaded, or its runner lacks a method.
+        LoweringError: the module is not loaded, or its runner lacks a method. SpecError: a controller that cannot be.
     """
     if module not in sys.modules:
         raise LoweringError(f"the model is built outside of {module}, and nothing would write the rows of its tokens")
@@ -90,7 +107,7 @@ def building(
         for name, wrapper in wrappers.items():
             setattr(runner, name, wrapper(vars(runner)[name]))
         _wrapped.append(runner)
-    _ANNOUNCED[id(config)] = steered, settings
+    _ANNOUNCED[id(config)] = steered, settings, loaded(settings.controllers)
 
 
 def live_of(runner: Any) -> Live | None:
@@ -126,11 +143,13 @@ def _executed(original: Callable[..., Any]) -> Callable[..., Any]:
     return execute_model
 
 
-def _made(steered: SteeredModel, settings: Settings) -> Live:
+def _made(steered: SteeredModel, settings: Settings, controllers: tuple[Controller, ...]) -> Live:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     live = Live(RequestRows(steered.registry))
-    if settings.spec.capture and get_tensor_model_parallel_rank() == 0:
+    if settings.dynamic:
+        live.dynamic = RequestDynamics(steered.registry, live.rows, controllers)
+    if settings.spec.capture and settings.capture_dir and get_tensor_model_parallel_rank() == 0:
         room = Room(settings.capture_bytes)
         live.captures, live.writer = Captures(steered.registry.tables, room), Writer(settings.capture_dir, room)
     return live

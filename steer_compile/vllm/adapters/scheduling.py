@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer_compile.vllm.adapters.compile_path import settings_of
-from steer_compile.vllm.admission import Grants, row_keys
+from steer_compile.vllm.admission import Grants, own_blocks, row_keys
+from steer_compile.vllm.settings import Settings
 
 _QUEUES = ("skipped_waiting", "kv_holding_waiting", "waiting")
 """Queues of waiting requests in the order in which vLLM looks at them; a version has the last and one of the others."""
@@ -20,8 +21,9 @@ _QUEUES = ("skipped_waiting", "kv_holding_waiting", "waiting")
 class _Desk:
     """What one scheduler's engine has: its rows, the live requests that may need some, the names of its queues."""
 
-    def __init__(self, rows: int, scheduler: Any) -> None:
-        self.grants = Grants(rows)
+    def __init__(self, settings: Settings, scheduler: Any) -> None:
+        self.grants = Grants(settings.spec.rows, settings.spec.overrides)
+        self.dynamic = settings.dynamic
         self.steered: set[str] = set()
         self.queues = [name for name in _QUEUES if name in vars(scheduler)]
 
@@ -47,7 +49,7 @@ def install() -> None:
 def _desk(scheduler: Any) -> _Desk | None:
     if scheduler not in _DESKS:
         settings = settings_of(scheduler.vllm_config)
-        _DESKS[scheduler] = None if settings is None else _Desk(settings.spec.rows, scheduler)
+        _DESKS[scheduler] = None if settings is None else _Desk(settings, scheduler)
     return _DESKS[scheduler]
 
 
@@ -55,6 +57,8 @@ def _add(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_request(self: Any, request: Any) -> Any:
         desk = _desk(self)
+        if desk is not None and desk.dynamic:
+            own_blocks(request)
         if desk is not None and row_keys(request):
             desk.steered.add(request.request_id)
         return original(self, request)

@@ -7,9 +7,12 @@ from typing import Any
 from vllm.v1.worker.worker_base import WorkerBase
 
 from steer_compile.vllm.adapters.runners import live_of
+from steer_compile.vllm.site_data import Former, read
 from steer_compile.vllm.transport import received
 
 SET_EVERYONE, STATE = "steer_compile_set_everyone", "steer_compile_state"
+SET_SITES, RESTORE_SITES = "steer_compile_set_sites", "steer_compile_restore_sites"
+DYNAMIC, SUBMIT, RENAME = "steer_compile_dynamic", "steer_compile_submit", "steer_compile_rename"
 
 
 def missing() -> str:
@@ -19,8 +22,11 @@ def missing() -> str:
 
 def install() -> None:
     """Add the methods."""
-    setattr(WorkerBase, SET_EVERYONE, set_everyone)
-    setattr(WorkerBase, STATE, state)
+    for name, method in {
+        SET_EVERYONE: set_everyone, STATE: state, SET_SITES: set_sites, RESTORE_SITES: restore_sites,
+        DYNAMIC: dynamic, SUBMIT: submit, RENAME: rename,
+    }.items():  # fmt: skip
+        setattr(WorkerBase, name, method)
 
 
 def set_everyone(self: Any, data: dict[str, Any]) -> None:
@@ -34,3 +40,42 @@ def state(self: Any) -> dict[str, int]:
     """Requests with rows of their own, rows in use and rows in all."""
     live = live_of(self.model_runner)
     return {} if live is None else live.rows.state()
+
+
+def set_sites(self: Any, number: int, data: dict[str, Any]) -> None:
+    """Change the tier or a site's monitor, between two steps; `restore_sites` of the number undoes it."""
+    live = live_of(self.model_runner)
+    if live is not None:
+        live.former = number, Former.of(live.rows.registry)
+        read(data).set(live.rows.registry)
+
+
+def restore_sites(self: Any, number: int) -> None:
+    """Bring back what sites had before a change, in a worker that has seen it."""
+    live = live_of(self.model_runner)
+    if live is not None and live.former is not None and live.former[0] == number:
+        live.former[1].set(live.rows.registry)
+        live.former = None
+
+
+def dynamic(self: Any) -> dict[str, Any]:
+    """Status of dynamic steering, {} where the engine has none. It reads numbers of the host and waits for nothing."""
+    live = live_of(self.model_runner)
+    return {} if live is None or live.dynamic is None else live.dynamic.status()
+
+
+def submit(self: Any, actions: list[dict[str, Any]], sets: dict[str, Any]) -> list[bool]:
+    """Ask for actions in front of the next step; which of them found room in the queue.
+
+    Args:
+        sets: vector sets that they name, as the front end has them.
+    """
+    live = live_of(self.model_runner)
+    return [] if live is None or live.dynamic is None else live.dynamic.submit(actions, sets)
+
+
+def rename(self: Any, sets: dict[str, Any], gone: list[str]) -> None:
+    """Named sets have other content, or are no more."""
+    live = live_of(self.model_runner)
+    if live is not None and live.dynamic is not None:
+        live.dynamic.rename(sets, gone)

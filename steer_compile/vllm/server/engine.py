@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from itertools import count
 from typing import Any, Self
 
 from steer_compile.errors import NotSteered
 from steer_compile.vllm.adapters.intake import front_end_of
-from steer_compile.vllm.adapters.workers import SET_EVERYONE, STATE
+from steer_compile.vllm.adapters.workers import (
+    DYNAMIC,
+    RENAME,
+    RESTORE_SITES,
+    SET_EVERYONE,
+    SET_SITES,
+    STATE,
+    SUBMIT,
+)
 from steer_compile.vllm.frontend import Everyone, FrontEnd, digests_of
-from steer_compile.vllm.transport import sent
+from steer_compile.vllm.site_data import read
+from steer_compile.vllm.transport import sent, sent_sets
 
 _TRIES = 40
 _PAUSE = 0.05
 """Seconds between attempts to empty the prefix cache."""
+
+
+ALIKE = ("step", "checksum", "applied", "overrides", "tier", "monitors")
+"""What is the same in the status of all ranks."""
+
+
+class Diverged(NotSteered):
+    """The ranks of an engine hold different steering: what it generates is of neither."""
 
 
 class Engine:
@@ -30,6 +48,7 @@ class Engine:
         self.front = front
         self.root = front.settings.vector_root
         self._lock = asyncio.Lock()
+        self._numbers = count(1)
 
     @classmethod
     def of(cls, client: Any) -> Self | None:
@@ -64,8 +83,7 @@ class Engine:
         """
         async with self._lock:
             made = self.front.checked_global(given)
-            if await self._client.is_sleeping():
-                raise NotSteered("the engine sleeps, and its tables with it; wake it up first")
+            await self._check_awake()
             if not await self._forget_prefixes():
                 raise NotSteered("the prefix cache cannot be emptied now, so global steering stays; try again")
             # Emptied again behind the change, as steps in between have filled it with either steering.
@@ -87,6 +105,89 @@ class Engine:
                 return True
             await asyncio.sleep(_PAUSE)
         return False
+
+    # -- dynamic steering -----------------------------------------------------------------------------------------
+
+    async def set_sites(self, given: dict[str, Any]) -> None:
+        """Change the dynamic tier or a site's monitor, between two steps; running requests go on under it.
+
+        Args:
+            given: as in `site_data.read`.
+
+        Raises:
+            SteerError: bad data, or nothing of the kind in the spec. NotSteered: the engine sleeps, or a worker
+                failed; the former data is back.
+        """
+        async with self._lock:
+            self.front.check_sites(read(given))
+            await self._check_awake()
+            number = next(self._numbers)
+            if await _returned(self._client.collective_rpc(SET_SITES, args=(number, given))) is None:
+                back = await _returned(self._client.collective_rpc(RESTORE_SITES, args=(number,))) is not None
+                state = "the former is back" if back else "and the former could not be set again: restart the engine"
+                raise NotSteered(f"the change did not reach all of the engine, {state}")
+
+    async def submit(self, actions: list[dict[str, Any]]) -> list[bool]:
+        """Ask for actions in front of the next step; which of them found room in the queue.
+
+        They are checked when they are applied, and what was rejected is in `dynamic`.
+
+        Raises:
+            NotSteered: the engine has no dynamic steering, sleeps, or its workers do not agree.
+        """
+        self._check_dynamic()
+        async with self._lock:
+            await self._check_awake()
+            sets = sent_sets(self.front.sets(_names(actions)))
+            answers = await self._client.collective_rpc(SUBMIT, args=(actions, sets))
+        if any(answer != answers[0] for answer in answers):
+            raise NotSteered("the ranks of the engine differ in which actions they took; restart the engine")
+        return list(answers[0])
+
+    async def dynamic(self) -> dict[str, Any]:
+        """Status of dynamic steering: that of the first rank, and of each rank what must be alike.
+
+        Raises:
+            NotSteered: the engine has no dynamic steering. Diverged: its ranks differ.
+        """
+        self._check_dynamic()
+        ranks = await self._client.collective_rpc(DYNAMIC)
+        found = {**ranks[0], "ranks": [{name: rank[name] for name in ALIKE} for rank in ranks]}
+        apart = [name for name in ALIKE if any(rank[name] != ranks[0][name] for rank in ranks)]
+        if apart:
+            raise Diverged(
+                f"the ranks of the engine differ in {', '.join(apart)}: {found['ranks']}; their controllers are no "
+                "pure functions of what they see; restart the engine without them"
+            )
+        return found
+
+    async def renamed(self, name: str) -> None:
+        """A named set was changed or taken away: what conversations hold of it is not reused."""
+        if self.front.settings.dynamic:
+            sets = self.front.sets([name])
+            await self._client.collective_rpc(RENAME, args=(sent_sets(sets), [] if sets else [name]))
+
+    def _check_dynamic(self) -> None:
+        if not self.front.settings.dynamic:
+            raise NotSteered(
+                "this engine has no dynamic steering; give its spec overrides or the op families tier or monitor, or "
+                "name controllers in additional_config"
+            )
+
+    async def _check_awake(self) -> None:
+        if await self._client.is_sleeping():
+            raise NotSteered("the engine sleeps, and its tables with it; wake it up first")
+
+
+def _names(actions: list[dict[str, Any]]) -> list[str]:
+    """Vector sets that actions name, in any form that they take."""
+    found: list[str] = []
+    for action in actions:
+        given = action.get("named", [])
+        for item in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
+            name = item[0] if isinstance(item, list) and item else item
+            found += [name] if isinstance(name, str) else []
+    return found
 
 
 async def _returned(call: Awaitable[Any]) -> Any:

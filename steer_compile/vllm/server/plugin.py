@@ -1,7 +1,8 @@
 """Entry point of the group ``vllm.endpoint_plugins``. vLLM loads it where ``VLLM_PLUGINS`` names it.
 
-Reading what is steered is open to whoever may use the server. Changes, and captured rows, need the key of the
-environment variable `KEY_VARIABLE` in the header ``X-Steering-Key``; without that variable there are none.
+Reading what is steered is open to whoever may use the server. Changes, captured rows, and the status of dynamic
+steering, which names requests and has scores of what they say, need the key of the environment variable `KEY_VARIABLE`
+in the header ``X-Steering-Key``; without that variable there are none.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
+from steer_compile.dynamic.dynamics import as_text
 from steer_compile.errors import SteerError, UnknownName
 from steer_compile.vllm.capture_files import failure, file_at
 from steer_compile.vllm.metrics import metrics
-from steer_compile.vllm.server.engine import Engine
+from steer_compile.vllm.server.engine import Diverged, Engine
 from steer_compile.vllm.server.files import MAX_FILE, file_under, read_vectors
 
 KEY_VARIABLE = "STEER_COMPILE_API_KEY"
 _PREFIX = "/v1/steering"
 _MOST_TEXT = 16 << 20
 """Most bytes of a JSON body."""
+MOST_ACTIONS = 256
+"""Most actions of a body."""
 MOST_CAPTURE = 256 << 20
 """Most bytes of a capture that is sent."""
 
@@ -57,11 +61,19 @@ class SteeringEndpoints:
             ("/vectors/{name}", "DELETE", forget),
             ("/global", "PUT", set_global),
             ("/global", "DELETE", clear_global),
+            ("/tier", "PUT", set_tier),
+            ("/tier", "DELETE", clear_tier),
+            ("/monitor", "PUT", set_monitor),
+            ("/monitor", "DELETE", clear_monitor),
+            ("/actions", "POST", act),
+            ("/dynamic", "GET", dynamic),
+            ("/dynamic/metrics", "GET", dynamic_metrics),
             ("/captures/{name}", "GET", capture),
             ("/captures/{name}", "DELETE", forget_capture),
         ):
-            guarded = method != "GET" or answer is capture
-            router.add_api_route(path, answered(answer, guarded), methods=[method], name=answer.__name__)
+            changes = method != "GET" or answer is capture
+            route = answered(answer, changes or answer is dynamic, changes)
+            router.add_api_route(path, route, methods=[method], name=answer.__name__)
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -69,19 +81,22 @@ class SteeringEndpoints:
         state.steering = None if engine_client is None else Engine.of(engine_client)
 
 
-def answered(answer: Answer, guarded: bool) -> Answer:
+def answered(answer: Answer, guarded: bool, changes: bool) -> Answer:
     """A route that turns refusals into answers, and asks for the key where it changes or gives something away."""
 
     async def route(request: Request) -> Response:
         try:
             if guarded:
                 _check_key(request)
+            if changes:
                 _engine(request).check_changes()
             return await answer(request)
         except Refusal as error:
             return _refused(error.status, str(error))
         except (UnknownName, FileNotFoundError) as error:
             return _refused(404, str(error))
+        except Diverged as error:
+            return _refused(500, str(error))
         except SteerError as error:
             return _refused(400, str(error))
 
@@ -159,6 +174,7 @@ async def register(request: Request) -> Response:
     else:
         data = await _body(request, MAX_FILE)
     digest = engine.front.register(name, read_vectors(data), replace)
+    await engine.renamed(name)
     _counted(engine, "register")
     return JSONResponse({"name": name, "digest": digest})
 
@@ -167,6 +183,7 @@ async def forget(request: Request) -> Response:
     """Take a name away. Requests that are under way keep their vectors."""
     engine = _engine(request)
     engine.front.forget(request.path_params["name"])
+    await engine.renamed(request.path_params["name"])
     _counted(engine, "forget")
     return JSONResponse({"name": request.path_params["name"]})
 
@@ -183,6 +200,60 @@ async def clear_global(request: Request) -> Response:
     digests = await _engine(request).set_global({})
     _counted(_engine(request), "global")
     return JSONResponse({"global": digests})
+
+
+async def _set_sites(request: Request, what: str, given: dict[str, Any]) -> Response:
+    await _engine(request).set_sites({what: given})
+    _counted(_engine(request), what)
+    return JSONResponse({what: "set" if given.get("monitor") or given.get("vectors") else "clear"})
+
+
+async def set_tier(request: Request) -> Response:
+    """Replace the dynamic tier: ``{"vectors": ..., "gain": 1.0}``, added to generated tokens of all requests."""
+    return await _set_sites(request, "tier", await _object(request))
+
+
+async def clear_tier(request: Request) -> Response:
+    """Take the dynamic tier away."""
+    return await _set_sites(request, "tier", {})
+
+
+async def set_monitor(request: Request) -> Response:
+    """Put a monitor at a site: ``{"site": "layers.3.post_block", "monitor": {...}, "gate_rows": false}``."""
+    given = await _object(request)
+    if given.get("monitor") is None:
+        raise Refusal(400, "the body has no monitor; give one with its probe, or DELETE with the site")
+    return await _set_sites(request, "monitor", given)
+
+
+async def clear_monitor(request: Request) -> Response:
+    """Take the monitor of a site away: ``?site=layers.3.post_block``."""
+    site = request.query_params.get("site")
+    if site is None:
+        raise Refusal(400, "no site is named; give ?site=layers.3.post_block")
+    return await _set_sites(request, "monitor", {"site": site})
+
+
+async def act(request: Request) -> Response:
+    """Ask for actions in front of the next step: ``{"actions": [{"kind": "set_override", "request": ...}, ...]}``."""
+    given = await _object(request)
+    actions = given.get("actions")
+    plain = isinstance(actions, list) and 0 < len(actions) <= MOST_ACTIONS
+    if set(given) != {"actions"} or not plain or not all(isinstance(action, dict) for action in actions or ()):
+        raise Refusal(400, f"the body has no actions; send {{'actions': [...]}} with 1 to {MOST_ACTIONS} objects")
+    accepted = await _engine(request).submit(list(actions or ()))
+    _counted(_engine(request), "actions")
+    return JSONResponse({"accepted": accepted})
+
+
+async def dynamic(request: Request) -> Response:
+    """Status of dynamic steering of all ranks."""
+    return JSONResponse(await _engine(request).dynamic())
+
+
+async def dynamic_metrics(request: Request) -> Response:
+    """The same in Prometheus' text form."""
+    return PlainTextResponse(as_text(await _engine(request).dynamic()))
 
 
 async def capture(request: Request) -> Response:
