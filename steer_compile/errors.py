@@ -39,6 +39,10 @@ class NotSteered(SteerError):
     """Steering or capture was asked for, but no compiled graph ran that could apply it."""
 
 
+class CaptureError(SteerError):
+    """Captured rows that cannot be labelled, kept, written or read."""
+
+
 class LoweringError(SteerError):
     """A site whose value cannot be steered or captured: shape, layout or dtype."""
 

@@ -24,7 +24,8 @@ APPLICATIONS = ("cli", "coverage", "demo")
 FORBIDDEN = {
     "kernels": ("passes", "runtime", "dynamic", "vllm", *APPLICATIONS),
     "passes": ("runtime", "dynamic", "vllm", *APPLICATIONS),
-    "runtime": ("passes", "dynamic", "vllm", *APPLICATIONS),
+    "runtime": ("passes", "dynamic", "capture", "vllm", *APPLICATIONS),
+    "capture": ("passes", "kernels", "backend", "dynamic", "vllm", *APPLICATIONS),
     "dynamic": ("passes", "kernels", "backend", "vllm", *APPLICATIONS),
     "vllm": APPLICATIONS,
 }
