@@ -98,5 +98,11 @@ def joined(parts: Sequence[Rows]) -> Rows:
             names.setdefault(name, len(names))
     where = [torch.tensor([names[n] for n in part.requests], dtype=torch.int32) for part in parts]
     request = torch.cat([w[part.request.long()] for w, part in zip(where, parts, strict=True)])
-    labels = (torch.cat([vars(part)[name] for part in parts]) for name in ("positions", "token_ids", "steps"))
-    return Rows(tuple(names), request, *labels, {key: torch.cat([p.values[key] for p in parts]) for key in keys})
+    return Rows(
+        tuple(names),
+        request,
+        torch.cat([part.positions for part in parts]),
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.steps for part in parts]),
+        {key: torch.cat([part.values[key] for part in parts]) for key in keys},
+    )
