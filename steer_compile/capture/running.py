@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steer_compile.runtime.vectors import SiteKey
 
-Values: TypeAlias = Mapping[SiteKey, Tensor]
+Values: TypeAlias = Mapping[Any, Tensor]
 
 
 class Running(Protocol):
@@ -24,7 +24,8 @@ class Running(Protocol):
 
 
 class Mean:
-    """The mean of all tokens, fp32, labelled with the last one's position and token id.
+    """The mean of all tokens, fp32, labelled with the last one's position and token id. Values may also be those of
+    several sites in one, (..., n, H), under any key.
 
     Attributes:
         count: tokens so far.
@@ -33,13 +34,13 @@ class Mean:
     def __init__(self) -> None:
         self.count = 0
         self._last: tuple[Tensor, Tensor] | None = None
-        self._sums: dict[SiteKey, Tensor] = {}
+        self._sums: dict[Any, Tensor] = {}
 
     def add(self, positions: Tensor, token_ids: Tensor, values: Values) -> None:
         self.count += positions.numel()
         self._last = positions[-1:].clone(), token_ids[-1:].clone()
         for site, rows in values.items():
-            total = rows.sum(0, keepdim=True, dtype=torch.float32)
+            total = rows.sum(-2, keepdim=True, dtype=torch.float32)
             self._sums[site] = total if site not in self._sums else self._sums[site].add_(total)
 
     def result(self) -> tuple[Tensor, Tensor, Values]:
@@ -56,7 +57,7 @@ class Largest:
 
     def __init__(self, count: int, site: SiteKey, probe: Tensor) -> None:
         self._count, self._site, self._probe = count, site, probe
-        self._kept: tuple[Tensor, Tensor, Tensor, dict[SiteKey, Tensor]] | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor, dict[Any, Tensor]] | None = None
 
     def add(self, positions: Tensor, token_ids: Tensor, values: Values) -> None:
         scores = (values[self._site].float() * self._probe).sum(-1)

@@ -1,7 +1,9 @@
 """Captured rows as safetensors files: a thread writes them beside the engine, and `captured` reads them.
 
-A file holds a tensor for each site, named ``layers.3.post_block`` (n, H), and the ``positions`` (n,) and ``token_ids``
-(n,) of its rows. It appears whole or not at all.
+A file holds a tensor for each site, named ``layers.3.post_block`` (n, H), or for each reduction of one, named
+``layers.3.post_block.norm`` (n,), ``.project`` (n, D) or ``.mean`` (1, H), and the ``positions`` (n,), ``token_ids``
+(n,) and ``steps`` (n,) of its rows; beside means the number of ``tokens`` (1,) in them. It appears whole or not at all.
+Each stage of a pipeline writes a file of its own layers, ``NAME.0.safetensors`` and so on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from steer_compile.errors import NotSteered, SpecError
 from steer_compile.vllm.captures import Kept, Room, joined
@@ -49,11 +51,21 @@ def file_at(folder: str, name: str) -> Path:
     return Path(folder) / f"{name}.safetensors"
 
 
-class Writer:
-    """Writes files in a thread of its own."""
+def stage_files(path: Path, stages: int) -> list[Path]:
+    """The files of one capture: the file itself, or one for each stage of a pipeline."""
+    return [_stage_file(path, stage if stages > 1 else None) for stage in range(stages)]
 
-    def __init__(self, folder: str, room: Room) -> None:
+
+def _stage_file(path: Path, stage: int | None) -> Path:
+    return path if stage is None else path.with_suffix(f".{stage}.safetensors")
+
+
+class Writer:
+    """Writes files in a thread of its own. ``stage``: of a pipeline, whose stages write a file each; None: of none."""
+
+    def __init__(self, folder: str, room: Room, stage: int | None = None) -> None:
         self._folder = folder
+        self._stage = stage
         self._room = room
         self._queue: queue.Queue[Kept | None] = queue.Queue(_QUEUE)
         self._thread = threading.Thread(target=self._run, name="steer_compile captures", daemon=True)
@@ -77,16 +89,18 @@ class Writer:
     def _run(self) -> None:
         while (kept := self._queue.get()) is not None:
             try:
-                _write(self._folder, kept)
+                _write(self._file(kept), kept)
             except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError) as error:  # the reader sees it
-                _note(self._folder, kept, error)
+                _note(self._file(kept), error)
             finally:
                 self._room.let_go(kept)
                 self._queue.task_done()
 
+    def _file(self, kept: Kept) -> Path:
+        return _stage_file(file_at(self._folder, kept.asked.name), self._stage)
 
-def _write(folder: str, kept: Kept) -> None:
-    path = file_at(folder, kept.asked.name)
+
+def _write(path: Path, kept: Kept) -> None:
     about = {
         "request": kept.request,
         "prompt_tokens": str(kept.prompt),
@@ -98,9 +112,9 @@ def _write(folder: str, kept: Kept) -> None:
     os.replace(temporary, path)
 
 
-def _note(folder: str, kept: Kept, error: Exception) -> None:
+def _note(path: Path, error: Exception) -> None:
     try:
-        file_at(folder, kept.asked.name).with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+        path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
     except OSError:
         return
 
@@ -111,12 +125,15 @@ class Captured:
 
     Attributes:
         positions, token_ids: of each row (n,).
-        values: by site, ``layers.3.post_block``, (n, H).
+        steps: number of the engine's forward that computed each row (n,).
+        values: by site, ``layers.3.post_block``, (n, H), or by reduction, ``layers.3.post_block.norm``; beside means
+            ``tokens``, the number of tokens in them.
         status: ``complete``, or ``partial`` where the engine had no room for some rows.
     """
 
     positions: torch.Tensor
     token_ids: torch.Tensor
+    steps: torch.Tensor
     values: dict[str, torch.Tensor]
     status: str
 
@@ -136,21 +153,46 @@ def captured(output: Any, llm: Any = None, timeout: float = 60.0) -> Captured:
     reference = (output.kv_transfer_params or {}).get("steer_capture")
     if reference is None:
         raise NotSteered("this output captured nothing; give the request {'steer': {'capture': {...}}}")
-    path = Path(reference["file"])
-    if llm is not None and not path.exists():
+    paths = stage_files(Path(reference["file"]), reference["stages"])
+    if llm is not None and not all(path.exists() for path in paths):
         from vllm.v1.engine.core_client import InprocClient
 
         if isinstance(llm.llm_engine.engine_core, InprocClient):  # an engine in a process of its own goes on by itself
             llm.llm_engine.step()
     end = time.monotonic() + timeout
-    while not path.exists():
-        if failed := failure(path):
-            raise NotSteered(f"the capture {path} was not written: {failed}")
-        if time.monotonic() > end:
-            raise NotSteered(f"the capture {path} did not come within {timeout} seconds")
-        time.sleep(0.005)
+    for path in paths:
+        while not path.exists():
+            if failed := failure(path):
+                raise NotSteered(f"the capture {path} was not written: {failed}")
+            if time.monotonic() > end:
+                raise NotSteered(f"the capture {path} did not come within {timeout} seconds")
+            time.sleep(0.005)
     whole = reference["output"] == "whole"  # else the output holds the last tokens alone
-    return read(path, len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 if whole else None)
+    length = len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 if whole else None
+    return merged([read(path, length) for path in paths])
+
+
+def merged(stages: list[Captured]) -> Captured:
+    """Rows of all layers from those of each stage of a pipeline; of positions that a stage dropped, none."""
+    first = stages[0]
+    places = [stage.positions.tolist() for stage in stages]
+    if all(found == places[0] for found in places):
+        values = {name: rows for stage in stages for name, rows in stage.values.items()}
+    else:
+        common = sorted(set.intersection(*map(set, places)))
+        chosen = [torch.tensor([found.index(place) for place in common], dtype=torch.int64) for found in places]
+        values = {n: r[at] for stage, at in zip(stages, chosen, strict=True) for n, r in stage.values.items()}
+        at = chosen[0]
+        first = Captured(first.positions[at], first.token_ids[at], first.steps[at], {}, "partial")
+    status = "complete" if all(stage.status == "complete" for stage in [*stages, first]) else "partial"
+    return Captured(first.positions, first.token_ids, first.steps, values, status)
+
+
+def packed(paths: list[Path]) -> bytes:
+    """The files of a capture as one safetensors file."""
+    whole = merged([read(path) for path in paths])
+    tensors = {"positions": whole.positions, "token_ids": whole.token_ids, "steps": whole.steps, **whole.values}
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"status": whole.status})
 
 
 def failure(path: Path) -> str:
@@ -164,6 +206,9 @@ def read(path: Path, length: int | None = None) -> Captured:
     with safe_open(str(path), "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         status = (file.metadata() or {}).get("status", "partial")
-    positions, ids = found.pop("positions"), found.pop("token_ids")
-    chosen = positions < length if length is not None else torch.ones_like(positions, dtype=torch.bool)
-    return Captured(positions[chosen], ids[chosen], {name: v[chosen] for name, v in found.items()}, status)
+    positions, ids, steps = (found.pop(name) for name in ("positions", "token_ids", "steps"))
+    if length is None or "tokens" in found:  # a mean is one row, whatever the engine computed
+        return Captured(positions, ids, steps, found, status)
+    chosen = positions < length
+    values = {name: rows[chosen] for name, rows in found.items()}
+    return Captured(positions[chosen], ids[chosen], steps[chosen], values, status)

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
+from steer_compile.capture.selection import Top
 from steer_compile.errors import SiteNotFound, SpecError, TableFull, VectorError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
 from steer_compile.runtime.steering import Steering
-from steer_compile.runtime.vectors import PHASES, VectorSet
+from steer_compile.runtime.vectors import PHASES, SiteKey, VectorSet
 from steer_compile.vllm.capture_files import file_at, file_name
-from steer_compile.vllm.captures import EVERYTHING, CaptureRequest
+from steer_compile.vllm.capture_requests import CaptureAsked, CaptureRequest
 from steer_compile.vllm.model import Shape, expected_banks
 from steer_compile.vllm.request_gates import gated
-from steer_compile.vllm.requests import OVERRIDE, CaptureAsked, parse, parts
+from steer_compile.vllm.requests import OVERRIDE, parse, parts
 from steer_compile.vllm.settings import Settings, load_vectors
 from steer_compile.vllm.site_data import Former, SiteMonitor, Tier
 from steer_compile.vllm.transport import sent
@@ -44,13 +45,13 @@ class Checked:
     Attributes:
         data: for the engine.
         digests: of what it adds in each phase, "" for nothing; and whether it may need a row for overrides.
-        capture: the name and file of its captured rows, None without.
+        capture: the name and file of its captured rows, and how many stages of a pipeline write it; None without.
         whole: it captures prompt tokens, all of which must therefore be computed.
     """
 
     data: dict[str, Any]
     digests: dict[str, str]
-    capture: dict[str, str] | None = None
+    capture: dict[str, Any] | None = None
     whole: bool = False
 
 
@@ -68,8 +69,9 @@ class FrontEnd:
         everyone: what every request gets, by phase.
     """
 
-    def __init__(self, settings: Settings, shape: Shape) -> None:
+    def __init__(self, settings: Settings, shape: Shape, stages: int = 1) -> None:
         self.settings = settings
+        self.stages = stages
         self._shape = shape
         self._rows = settings.spec.rows
         self._lock = threading.Lock()
@@ -77,7 +79,7 @@ class FrontEnd:
         self._registry = Registry(settings.spec)
         self._registry.reserve(expected_banks(settings.spec, shape), torch.device("meta"))
         banks = self._registry.tables.banks
-        self._captured = tuple(site for bank in banks if bank.kind == "capture" for site in bank.sites)
+        self._captured = {site: bank.width for bank in banks if bank.kind == "capture" for site in bank.sites}
         self.everyone: Everyone = {"prefill": Contents(), "decode": Contents()}
         for name, path in settings.vectors:
             self.register(name, load_vectors(path))
@@ -107,11 +109,11 @@ class FrontEnd:
             digests[OVERRIDE] = "1"
         if asked is None:
             return Checked(data, digests)
-        capture = self._capture(asked)
+        capture = self._capture(CaptureAsked.of(asked))
         data["capture"] = capture.to_data()
         file = file_at(self.settings.capture_dir, capture.name)
-        whole = bool(capture.tokens.spans) or capture.tokens.last_prompt
-        return Checked(data, digests, {"name": capture.name, "file": str(file)}, whole)
+        reference = {"name": capture.name, "file": str(file), "stages": self.stages}
+        return Checked(data, digests, reference, capture.tokens.in_prompt)
 
     def _made(self, steering: Steering) -> dict[str, Contents]:
         """Contents by phase that a row of the engine can hold."""
@@ -126,16 +128,32 @@ class FrontEnd:
                 "the request captures, and this engine has no folder for captured rows; give capture_dir in "
                 "additional_config"
             )
-        sites = self._captured if asked.sites is None else asked.sites
+        sites = tuple(self._captured) if asked.sites is None else asked.sites
         absent = [f"layers.{layer}.{hook}" for hook, layer in sites if (hook, layer) not in self._captured]
         if absent or not sites:
-            have = ", ".join(f"layers.{layer}.{hook}" for hook, layer in self._captured[:6])
+            have = ", ".join(f"layers.{layer}.{hook}" for hook, layer in tuple(self._captured)[:6])
             more = f" and {len(self._captured) - 6} more" if len(self._captured) > 6 else ""
             raise SiteNotFound(
                 f"{absent[0] if absent else 'nothing'} is not captured by this engine; it captures {have or 'nothing'}"
                 f"{more}; name its sites in the spec's capture"
             )
-        return CaptureRequest(file_name(asked.name), sites, asked.tokens or EVERYTHING)
+        asked.keep.check({site: self._captured[site] for site in sites})
+        self._check_top(asked.tokens.top, sites)
+        return CaptureRequest(file_name(asked.name), sites, asked.tokens, asked.keep, asked.to)
+
+    def _check_top(self, top: Top | None, sites: tuple[SiteKey, ...]) -> None:
+        if top is None:
+            return
+        name, width = f"layers.{top.site[1]}.{top.site[0]}", self._captured.get(top.site)
+        if self.stages > 1:
+            raise SpecError(
+                "top needs all captured layers in one process, and this engine is a pipeline of stages; choose by "
+                "position, or set pipeline_parallel_size=1"
+            )
+        if top.site not in sites:
+            raise SpecError(f"top scores the tokens at {name}, which the request does not capture; name it in sites")
+        if top.probe.numel() != width:
+            raise VectorError(f"the probe of top has {top.probe.numel()} numbers and {name} {width}; give {width}")
 
     def check_sites(self, change: Tier | SiteMonitor) -> None:
         """Raise `SiteNotFound` or `VectorError` for a tier or a monitor that the engine's sites cannot take."""

@@ -13,6 +13,8 @@ Declarative data only::
      "gates": [{"when": ..., "scope": ..., "apply": ...}],    as in `steer_compile.dynamic.gates`
      "conversation": "chat 12",                         what the request belongs to
      "capture": {"sites": {"post_block": [3, 5]}, "tokens": {"last_prompt": true}, "name": "run 7"}}
+
+A capture's fields are those of `steer_compile.vllm.capture_requests`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import binascii
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pybase64
@@ -30,7 +31,7 @@ import torch
 from steer_compile.errors import SpecError, VectorError
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.steering import Steering
-from steer_compile.runtime.vectors import SiteKey, TokenSelection, site_key
+from steer_compile.runtime.vectors import TokenSelection
 from steer_compile.vllm.request_gates import GatesAsked
 
 KEY = "steer"
@@ -56,7 +57,7 @@ def parse(given: object) -> Steering:
     Raises:
         SpecError: unknown fields, or data of another form. VectorError: bad vectors or numbers.
     """
-    data = _object("steer", _decoded(given))
+    data = object_of("steer", _decoded(given))
     unknown = sorted(set(data) - _FIELDS)
     if unknown:
         raise SpecError(f"steer has the unknown field {unknown[0]!r}; the fields are {', '.join(sorted(_FIELDS))}")
@@ -65,59 +66,21 @@ def parse(given: object) -> Steering:
         **tiers,
         named=_named(data.get("named", ())),
         scale=data.get("scale", 1.0),
-        tokens=_tokens(data["tokens"]) if data.get("tokens") is not None else None,
-        monitors={site: _monitor(item) for site, item in _object("monitors", data.get("monitors", {})).items()},
-        clamps={site: _clamps(items) for site, items in _object("clamps", data.get("clamps", {})).items()},
+        tokens=tokens_of(data["tokens"]) if data.get("tokens") is not None else None,
+        monitors={site: _monitor(item) for site, item in object_of("monitors", data.get("monitors", {})).items()},
+        clamps={site: _clamps(items) for site, items in object_of("clamps", data.get("clamps", {})).items()},
     )
 
 
-@dataclass(frozen=True)
-class CaptureAsked:
-    """What a request's ``capture`` says: sites (None for all that the engine has), tokens, and a name for the file."""
-
-    sites: tuple[SiteKey, ...] | None
-    tokens: TokenSelection | None
-    name: str
-
-
-def parts(given: object) -> tuple[dict[str, Any], GatesAsked | None, CaptureAsked | None]:
-    """A request's steering without its gates and ``capture``, for `parse`, and these.
+def parts(given: object) -> tuple[dict[str, Any], GatesAsked | None, object]:
+    """A request's steering without its gates and ``capture``, for `parse`, and these; None for no capture.
 
     Raises:
-        SpecError, VectorError: data of another form, a site that is none, or gates that cannot be.
+        SpecError, VectorError: data of another form, or gates that cannot be.
     """
-    data = _object("steer", _decoded(given))
+    data = object_of("steer", _decoded(given))
     asked, gates = data.pop("capture", None), GatesAsked.taken(data)
-    return data, gates, None if asked is None else _capture(asked)
-
-
-def _capture(asked: object) -> CaptureAsked:
-    fields = _object("capture", asked)
-    unknown = sorted(set(fields) - {"sites", "tokens", "name"})
-    if unknown:
-        raise SpecError(f"capture has the unknown field {unknown[0]!r}; give sites, tokens, name")
-    name = fields.get("name", "")
-    if not isinstance(name, str):
-        raise SpecError(f"capture has the name {name!r}; give text")
-    tokens = _tokens(fields["tokens"]) if fields.get("tokens") is not None else None
-    return CaptureAsked(_sites(fields.get("sites")), tokens, name)
-
-
-def _sites(given: object) -> tuple[SiteKey, ...] | None:
-    if given is None or given == "all":
-        return None
-    if isinstance(given, Mapping):
-        pairs = [(hook, layers) for hook, layers in given.items()]
-        if not all(isinstance(layers, list) for _, layers in pairs):
-            raise SpecError(f"capture has sites={given!r}; give {{hook: [layers]}}, names such as layers.3.post_block")
-        found = [site_key((hook, layer)) for hook, layers in pairs for layer in layers]
-    elif isinstance(given, list):
-        found = [site_key(name) for name in given]
-    else:
-        raise SpecError(f"capture has sites={given!r}; give {{hook: [layers]}}, names such as layers.3.post_block")
-    if not found:
-        raise SpecError("capture names no site; give some, or leave sites out for all")
-    return tuple(dict.fromkeys(found))
+    return data, gates, asked
 
 
 def digests(extra_args: object) -> tuple[str, str]:
@@ -143,7 +106,8 @@ def _decoded(given: object) -> object:
         ) from error
 
 
-def _object(name: str, given: object) -> dict[str, Any]:
+def object_of(name: str, given: object) -> dict[str, Any]:
+    """The fields of an object, `SpecError` where it is none."""
     if not isinstance(given, Mapping):
         raise SpecError(f"{name} is a {type(given).__name__}; give an object")
     return {str(key): value for key, value in given.items()}
@@ -160,20 +124,20 @@ def _named(given: object) -> list[str | tuple[str, float]]:
 
 def _vectors(tier: str, given: object) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for hook, by_layer in _object(tier, given).items():
+    for hook, by_layer in object_of(tier, given).items():
         if isinstance(by_layer, Mapping) and "layers" in by_layer:
             found[hook] = _layers(f"{tier} of {hook}", by_layer)
         elif isinstance(by_layer, Mapping) and "data" not in by_layer:
-            found[hook] = {layer: _vector(f"{tier} of {hook} at {layer}", v) for layer, v in by_layer.items()}
+            found[hook] = {layer: vector_of(f"{tier} of {hook} at {layer}", v) for layer, v in by_layer.items()}
         else:
-            found[hook] = _vector(f"{tier} of {hook}", by_layer)
+            found[hook] = vector_of(f"{tier} of {hook}", by_layer)
     return found
 
 
 def _layers(name: str, given: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
     """Vectors of several layers that are packed in one piece."""
     layers = given["layers"]
-    rows = _unpacked(name, {key: value for key, value in given.items() if key != "layers"}, 2)
+    rows = unpacked(name, {key: value for key, value in given.items() if key != "layers"}, 2)
     if not isinstance(layers, list) or len(layers) != len(rows):
         raise VectorError(f"{name} has layers={layers!r} for {len(rows)} packed vectors; give one layer for each")
     if len({str(layer) for layer in layers}) != len(layers):
@@ -181,12 +145,12 @@ def _layers(name: str, given: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
     return dict(zip(map(str, layers), rows.unbind(), strict=True))
 
 
-def _vector(name: str, given: object) -> Any:
+def vector_of(name: str, given: object) -> Any:
     """Numbers, or a packed vector unpacked; `vector_set` checks them."""
-    return _unpacked(name, given, 1) if isinstance(given, Mapping) else given
+    return unpacked(name, given, 1) if isinstance(given, Mapping) else given
 
 
-def _unpacked(name: str, given: Mapping[str, Any], dims: int) -> torch.Tensor:
+def unpacked(name: str, given: Mapping[str, Any], dims: int) -> torch.Tensor:
     if set(given) != {"dtype", "shape", "data"} or str(given["dtype"]) not in _DTYPES:
         raise VectorError(
             f"{name} is no packed vector; give dtype ({', '.join(_DTYPES)}), shape and data (base64, little-endian)"
@@ -208,8 +172,9 @@ def _unpacked(name: str, given: Mapping[str, Any], dims: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
-def _tokens(given: object) -> TokenSelection:
-    data = _object("tokens", given)
+def tokens_of(given: object) -> TokenSelection:
+    """The steered tokens of plain data, `SpecError` where they cannot be."""
+    data = object_of("tokens", given)
     unknown = sorted(set(data) - {"spans", "last_prompt", "generated"})
     if unknown:
         raise SpecError(f"tokens has the unknown field {unknown[0]!r}; give spans, last_prompt, generated")
@@ -226,7 +191,7 @@ def _tokens(given: object) -> TokenSelection:
 
 def _monitor(given: object) -> Monitor:
     data = _arguments("a monitor", given, {"probe", "threshold", "sharpness", "kind", "low", "high", "clamps"}, "probe")
-    return Monitor(_vector("the probe of a monitor", data.pop("probe")), **data)
+    return Monitor(vector_of("the probe of a monitor", data.pop("probe")), **data)
 
 
 def _clamps(given: object) -> list[Clamp]:
@@ -235,12 +200,12 @@ def _clamps(given: object) -> list[Clamp]:
     made = []
     for item in given:
         data = _arguments("a clamp", item, {"direction", "lo", "hi", "value", "strength"}, "direction")
-        made.append(Clamp(_vector("the direction of a clamp", data.pop("direction")), **data))
+        made.append(Clamp(vector_of("the direction of a clamp", data.pop("direction")), **data))
     return made
 
 
 def _arguments(name: str, given: object, known: set[str], needed: str) -> dict[str, Any]:
-    data = _object(name, given)
+    data = object_of(name, given)
     unknown = sorted(set(data) - known)
     if unknown or needed not in data:
         raise SpecError(f"{name} has the fields {', '.join(sorted(data)) or 'none'}; give {', '.join(sorted(known))}")

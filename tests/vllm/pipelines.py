@@ -1,5 +1,7 @@
 """An engine of pipeline stages: ``python -m tests.vllm.pipelines FOLDER STAGES RANKS [narrow]``, RANKS in each stage.
 
+With ``capture=FOLDER`` it captures instead, and leaves what was captured in ``found.pt`` there.
+
 With ``narrow``, all that the spec steers is in the first stage. Prints a line of JSON: tokens and log-probabilities of
 requests with vectors on both sides of the cut, then the same of unsteered ones behind a change of everyone's steering,
 and what each worker holds at the end.
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from steer_compile import HookSelection, SteerSpec
+from steer_compile.vllm import captured
 from tests import _tree
 from tests.vllm import engines
 
@@ -109,11 +112,39 @@ def hold_against(whole: dict[str, Any], found: dict[str, Any]) -> None:
     assert all((w["requests"], w["rows_in_use"]) == (0, 0) for w in found["workers"])
 
 
+CAPTURES: tuple[dict[str, Any], ...] = (
+    {},
+    {"tokens": {"last_prompt": True, "positions": [2, 20]}, "reduce": ["rows", "norm"]},
+    {"reduce": "mean", "sites": {"post_block": list(range(engines.LAYERS))}},
+)
+
+
+def capture(folder: Path, stages: int, ranks: int, target: Path, options: dict[str, Any]) -> None:
+    """Requests that capture, on each side of the cut."""
+    from vllm import SamplingParams
+
+    spec = SteerSpec(capture=("post_attn", "post_block"))
+    parallel = {"pipeline_parallel_size": stages, "tensor_parallel_size": ranks}
+    llm = engines.engine(folder, spec, capture_dir=target, **parallel, **options)
+    common: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(**common, extra_args={"steer": {"capture": each}}) for each in CAPTURES]
+    given = [{"prompt_token_ids": prompt} for prompt in prompts(len(params))]
+    rows = [captured(output, llm) for output in engines.results(llm, given, params)]
+    assert all(each.status == "complete" for each in rows)
+    labels = [{"positions": each.positions, "token_ids": each.token_ids, "steps": each.steps} for each in rows]
+    torch.save([{**own, **each.values} for own, each in zip(labels, rows, strict=True)], target / "found.pt")
+    print('\n{"tokens": []}')
+
+
 def main() -> None:
     folder, stages, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     options: dict[str, Any] = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True}
     if not torch.cuda.is_available():
         options["compilation_config"] = {"mode": 2, "backend": "eager"}
+    for more in sys.argv[4:]:
+        if more.startswith("capture="):
+            capture(folder, stages, ranks, Path(more.removeprefix("capture=")), options)
+            return
     spec, asked = (NARROW, narrow()) if "narrow" in sys.argv[4:] else (SPEC, steering())
     llm = engines.engine(folder, spec, pipeline_parallel_size=stages, tensor_parallel_size=ranks, **options)
     given = prompts(len(asked) + 4)

@@ -124,7 +124,53 @@ def test_a_prefix_in_the_cache_leaves_no_row_out(llm: Any, judge: Any) -> None:
         check(captured(output, llm), judge, output, list(range(len(prompt) + 5)))
 
 
+def test_positions_scores_and_reductions(llm: Any, judge: Any) -> None:
+    """Chosen by position, by every n-th and by score; norms, projections and means, against the Hugging Face model."""
+    prompts = [list(range(5 + i, 14 + 3 * i)) for i in range(5)]
+    site, probe, axes = "layers.2.post_block", vector(1), torch.stack([vector(4), vector(5)])
+    one = {"sites": [site]}
+    asked = [
+        {**one, "tokens": {"every": 4, "generated": True}},
+        {**one, "tokens": {"positions": [0, 3, 10, 13]}},
+        {**one, "tokens": {"top": {"count": 4, "site": site, "probe": probe.tolist()}}},
+        {**one, "reduce": ["norm", "project"], "directions": {site: axes.tolist()}},
+        {"sites": [site, "layers.0.post_block"], "reduce": "mean", "tokens": {"spans": [[1, -1]]}},
+    ]
+    outputs = generate(llm, [{"capture": each} for each in asked], prompts)
+    found = [captured(output, llm) for output in outputs]
+    lengths = [len(p) for p in prompts]
+    generated = range(lengths[0], lengths[0] + 5)
+    check(found[0], judge, outputs[0], [p for p in generated if p % 4 == 0])
+    check(found[1], judge, outputs[1], [0, 3, 10, 13])
+    scores = streams(judge, outputs[2])[1][site] @ probe
+    check(found[2], judge, outputs[2], sorted(scores.topk(4).indices.tolist()))
+    wanted = streams(judge, outputs[3])[1][site]
+    for kind, numbers in (("norm", wanted.norm(dim=-1)), ("project", wanted @ axes.T)):
+        torch.testing.assert_close(found[3].values[f"{site}.{kind}"], numbers, atol=1e-3, rtol=1e-3)
+    assert set(found[3].values) == {f"{site}.norm", f"{site}.project"}
+    assert found[3].steps.tolist() == sorted(found[3].steps.tolist())
+    stream = streams(judge, outputs[4])[1]
+    for name in (site, "layers.0.post_block"):
+        mean = stream[name][1 : lengths[4] - 1].mean(0, keepdim=True)
+        torch.testing.assert_close(found[4].values[f"{name}.mean"], mean, atol=1e-3, rtol=1e-3)
+    assert found[4].values["tokens"].tolist() == [lengths[4] - 2]
+    assert found[4].positions.tolist() == [lengths[4] - 2]
+
+
+TOP = {"count": 2, "site": "layers.1.post_block", "probe": [1.0] * engines.WIDTH}
+ONE = ["layers.1.post_block"]
 BAD = {
+    "reduction": {"capture": {"reduce": "median"}},
+    "mean and more": {"capture": {"reduce": ["mean", "rows"]}},
+    "no directions": {"capture": {"reduce": "project"}},
+    "width": {"capture": {"sites": ONE, "directions": {ONE[0]: [[1.0, 2.0]]}}},
+    "directions": {"capture": {"sites": ONE, "directions": {"layers.2.post_block": [[1.0] * engines.WIDTH]}}},
+    "top elsewhere": {"capture": {"sites": ["layers.2.post_block"], "tokens": {"top": TOP}}},
+    "top of a width": {"capture": {"tokens": {"top": {**TOP, "probe": [1.0]}}}},
+    "mean of top": {"capture": {"reduce": "mean", "tokens": {"top": TOP}}},
+    "every": {"capture": {"tokens": {"every": 0}}},
+    "position": {"capture": {"tokens": {"positions": [-1]}}},
+    "selector": {"capture": {"tokens": {"odd": True}}},
     "site": {"capture": {"sites": ["layers.9.post_block"]}},
     "hook": {"capture": {"sites": {"mlp_out": [1]}}},
     "field": {"capture": {"where": "/etc"}},

@@ -31,11 +31,6 @@ def _options(config: VllmConfig, spec: SteerSpec) -> tuple[tuple[bool, str], ...
     split = "and the rows of its tokens would not be theirs; set"
     return (
         (
-            parallel.pipeline_parallel_size > 1 and bool(spec.capture),
-            "captured rows of a request are one file, and the stages of a pipeline have some of its layers each; set "
-            "pipeline_parallel_size=1 or leave the spec's capture out",
-        ),
-        (
             parallel.prefill_context_parallel_size > 1,
             f"prefill context parallelism splits a step between ranks, {split} prefill_context_parallel_size=1",
         ),

@@ -20,6 +20,7 @@ from steer_compile.vllm.adapters.refusal import RefusedRequest
 from steer_compile.vllm.frontend import Checked, FrontEnd
 from steer_compile.vllm.metrics import metrics
 from steer_compile.vllm.requests import CAPTURE, DIGESTS, KEY
+from steer_compile.vllm.settings import Settings
 
 _FRONT_ENDS: WeakKeyDictionary[Any, FrontEnd | None] = WeakKeyDictionary()
 
@@ -50,10 +51,14 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         settings = settings_of(config)
         if settings is not None:
             check(config, settings)
-        _FRONT_ENDS[self] = None if settings is None else FrontEnd(settings, shape_of(config).whole)
+        _FRONT_ENDS[self] = None if settings is None else _front_end(config, settings)
         refuse_beam_search()
 
     return __init__
+
+
+def _front_end(config: Any, settings: Settings) -> FrontEnd:
+    return FrontEnd(settings, shape_of(config).whole, config.parallel_config.pipeline_parallel_size)
 
 
 def _checked(front: FrontEnd, given: object) -> Checked:

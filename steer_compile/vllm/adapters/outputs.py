@@ -14,7 +14,7 @@ from vllm.v1.engine.output_processor import RequestState
 
 from steer_compile.vllm.requests import CAPTURE
 
-_CAPTURES: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+_CAPTURES: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 def missing() -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 from steer_compile.dynamic.controller import Controller
 from steer_compile.errors import LoweringError, NotSteered
 from steer_compile.vllm.capture_files import Writer
-from steer_compile.vllm.captures import CaptureRequest, Captures, Room
+from steer_compile.vllm.capture_requests import CaptureRequest
+from steer_compile.vllm.captures import Captures, Room
 from steer_compile.vllm.dynamic import RequestDynamics
 from steer_compile.vllm.model import SteeredModel
 from steer_compile.vllm.operator_code import loaded
@@ -35,6 +36,8 @@ class Live:
     writer: Writer | None = None
     tokens: tuple[Tensor, Tensor] | None = None
     """Token ids and positions of the step, on the device."""
+    steps: int = 0
+    """Forwards so far."""
     former: tuple[int, Former] | None = None
     """The last change of sites by an operator, and what they had before."""
 
@@ -66,8 +69,9 @@ class Live:
             self.dynamic.begin(requests, spans, tokens[0])
         self.rows.step(requests, *spans)
         if self.captures is not None and self.captures.expecting:
-            self.captures.plan(requests, *spans)
+            self.captures.plan(requests, *spans, self.steps)
             self.tokens = tokens
+        self.steps += 1
 
     def ran(self) -> None:
         """The forward has been launched."""
@@ -144,12 +148,14 @@ def _executed(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _made(steered: SteeredModel, settings: Settings, controllers: tuple[Controller, ...]) -> Live:
-    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
     live = Live(RequestRows(steered.registry))
     if settings.dynamic:
         live.dynamic = RequestDynamics(steered.registry, live.rows, controllers)
     if settings.spec.capture and settings.capture_dir and get_tensor_model_parallel_rank() == 0:
         room = Room(settings.capture_bytes)
-        live.captures, live.writer = Captures(steered.registry.tables, room), Writer(settings.capture_dir, room)
+        stages = get_pp_group()
+        writer = Writer(settings.capture_dir, room, stages.rank_in_group if stages.world_size > 1 else None)
+        live.captures, live.writer = Captures(steered.registry.tables, room), writer
     return live

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from steer_compile.dynamic.dynamics import as_text
 from steer_compile.errors import SteerError, UnknownName
-from steer_compile.vllm.capture_files import failure, file_at
+from steer_compile.vllm.capture_files import failure, file_at, packed, stage_files
 from steer_compile.vllm.metrics import metrics
 from steer_compile.vllm.server.engine import Diverged, Engine
 from steer_compile.vllm.server.files import MAX_FILE, file_under, read_vectors
@@ -258,31 +259,34 @@ async def dynamic_metrics(request: Request) -> Response:
 
 async def capture(request: Request) -> Response:
     """The safetensors file of a request's captured rows, by the name that came with its output."""
-    path = _capture_file(request)
-    size = path.stat().st_size
+    paths = _capture_files(request)
+    size = sum(path.stat().st_size for path in paths)
     if size > MOST_CAPTURE:
-        raise Refusal(413, f"the capture has {size} bytes, and {MOST_CAPTURE} are sent at most; read {path} itself")
-    return FileResponse(path, media_type="application/octet-stream")
+        raise Refusal(413, f"the capture has {size} bytes, and {MOST_CAPTURE} are sent at most; read {paths[0]} itself")
+    if len(paths) == 1:
+        return FileResponse(paths[0], media_type="application/octet-stream")
+    return Response(await run_in_threadpool(packed, paths), media_type="application/octet-stream")
 
 
 async def forget_capture(request: Request) -> Response:
     """Delete the file of a request's captured rows."""
-    path = _capture_path(request)
-    if failure(path):
-        path.with_suffix(".error").unlink()
-    else:
-        _capture_file(request).unlink()
+    paths = _capture_paths(request)
+    failed = [path.with_suffix(".error") for path in paths if failure(path)]
+    for path in failed or _capture_files(request):
+        path.unlink()
     return JSONResponse({"name": request.path_params["name"]})
 
 
-def _capture_path(request: Request) -> Path:
-    return file_at(_engine(request).front.settings.capture_dir, request.path_params["name"])
+def _capture_paths(request: Request) -> list[Path]:
+    front = _engine(request).front
+    return stage_files(file_at(front.settings.capture_dir, request.path_params["name"]), front.stages)
 
 
-def _capture_file(request: Request) -> Path:
-    path = _capture_path(request)
-    if failed := failure(path):
-        raise Refusal(410, f"the capture was not written: {failed}")
-    if not path.is_file():
-        raise Refusal(404, f"no capture {request.path_params['name']!r}; it appears soon after its request has ended")
-    return path
+def _capture_files(request: Request) -> list[Path]:
+    paths, name = _capture_paths(request), request.path_params["name"]
+    for path in paths:
+        if failed := failure(path):
+            raise Refusal(410, f"the capture was not written: {failed}")
+        if not path.is_file():
+            raise Refusal(404, f"no capture {name!r}; it appears soon after its request has ended")
+    return paths
