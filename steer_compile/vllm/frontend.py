@@ -67,11 +67,13 @@ class FrontEnd:
 
     Attributes:
         everyone: what every request gets, by phase.
+        stages: of the engine's pipeline.
     """
 
-    def __init__(self, settings: Settings, shape: Shape, stages: int = 1) -> None:
+    def __init__(self, settings: Settings, shape: Shape, stages: int = 1, drafts: bool = False) -> None:
         self.settings = settings
         self.stages = stages
+        self._drafts = drafts
         self._shape = shape
         self._rows = settings.spec.rows
         self._lock = threading.Lock()
@@ -139,6 +141,12 @@ class FrontEnd:
             )
         asked.keep.check({site: self._captured[site] for site in sites})
         self._check_top(asked.tokens.top, sites)
+        if self._drafts and (asked.tokens.top is not None or asked.keep.mean):
+            what = "top" if asked.tokens.top is not None else "a mean"
+            raise SpecError(
+                f"{what} would count drafts that are not taken, and this engine decodes speculatively; capture rows, or "
+                "leave speculative_config out"
+            )
         return CaptureRequest(file_name(asked.name), sites, asked.tokens, asked.keep, asked.to)
 
     def _check_top(self, top: Top | None, sites: tuple[SiteKey, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steer_compile import SteerSpec
-from steer_compile.errors import LoweringError, SteerError
+from steer_compile.errors import SteerError
 from steer_compile.vllm import Captured, captured
 from tests import _tree
 from tests.vllm import engines
@@ -245,10 +245,20 @@ def test_an_engine_in_a_process_of_its_own_writes_too(models: Path, folder: Path
     assert json.loads(lines[-1]) == list(range(len(engines.PROMPT) + 3))
 
 
-def test_drafts_are_refused(models: Path, folder: Path) -> None:
-    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with pytest.raises(LoweringError, match="drafts"):
-        engines.engine(engines.saved("llama", models), SPEC, capture_dir=folder, speculative_config=drafts)
+def test_drafts_that_are_not_taken_leave_no_row(models: Path, folder: Path, judge: Any) -> None:
+    """Their positions are computed again, and the later rows count; those behind the last token are left out."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    ahead = engines.engine(engines.saved("llama", models), SPEC, capture_dir=folder, speculative_config=drafts)
+    prompts = [[7, 8, 9, 7, 8, 9, 7, 8], list(range(5, 15)), [11] * 6]
+    outputs = generate(ahead, [{"capture": {}}] * 3, prompts, tokens=24)
+    found = [captured(output, ahead) for output in outputs]
+    for rows, output, prompt in zip(found, outputs, prompts, strict=True):
+        check(rows, judge, output, list(range(len(prompt) + 23)))
+    forwards = [rows.steps.unique().numel() for rows in found]
+    assert min(forwards) < 24, "some drafts were taken"
+    for bad in ({"reduce": "mean"}, {"tokens": {"top": TOP}}):
+        with pytest.raises(SteerError, match="drafts that are not taken"):
+            generate(ahead, [{"capture": bad}], [engines.PROMPT])
 
 
 def test_bf16(models: Path, folder: Path) -> None:

@@ -58,7 +58,8 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _front_end(config: Any, settings: Settings) -> FrontEnd:
-    return FrontEnd(settings, shape_of(config).whole, config.parallel_config.pipeline_parallel_size)
+    stages, drafts = config.parallel_config.pipeline_parallel_size, config.speculative_config is not None
+    return FrontEnd(settings, shape_of(config).whole, stages, drafts)
 
 
 def _checked(front: FrontEnd, given: object) -> Checked:
