@@ -144,8 +144,8 @@ class FrontEnd:
         if self._drafts and (asked.tokens.top is not None or asked.keep.mean):
             what = "top" if asked.tokens.top is not None else "a mean"
             raise SpecError(
-                f"{what} would count drafts that are not taken, and this engine decodes speculatively; capture rows, or "
-                "leave speculative_config out"
+                f"{what} would count drafts that are not taken, and this engine decodes speculatively; capture rows, "
+                "or leave speculative_config out"
             )
         return CaptureRequest(file_name(asked.name), sites, asked.tokens, asked.keep, asked.to)
 

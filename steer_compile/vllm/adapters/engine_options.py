@@ -58,8 +58,8 @@ def _options(config: VllmConfig, spec: SteerSpec) -> tuple[tuple[bool, str], ...
         ),
         (
             drafts is not None and bool(spec.capture) and bool(config.scheduler_config.async_scheduling),
-            "which drafts are taken is not known on the host while the scheduler is a step ahead, so captured tokens could "
-            "not be chosen; set async_scheduling=False, or leave speculative_config or the spec's capture out",
+            "which drafts are taken is not known on the host while the scheduler is a step ahead, so captured tokens "
+            "could not be chosen; set async_scheduling=False, or leave speculative_config or the spec's capture out",
         ),
     )
 
