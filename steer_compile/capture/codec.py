@@ -54,6 +54,8 @@ def dtype_name(dtype: torch.dtype, key: str) -> str:
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    if not tensor.numel():
+        return memoryview(b"")  # numpy casts no view without bytes
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data.cast("B")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from uuid import uuid4
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from steer_compile.errors import CaptureError
 
@@ -13,7 +13,8 @@ POLICIES = ("error", "suffix", "replace")
 """What happens where a name is taken: `CaptureError`, another name, or the new file in place of the old one."""
 MOST_NAME = 100
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
-_NUMBERED = 10
+_NUMBERED = re.compile(r"(.+)-(\d+)")
+_MOST_STEMS = 65536
 
 
 def slug(text: str) -> str:
@@ -39,19 +40,47 @@ def checked_policy(policy: str) -> str:
     return policy
 
 
-def stems(stem: str, policy: str) -> Iterator[str]:
-    """Stems to try one after the other: ``a``, and with ``suffix`` ``a-1`` to ``a-9``, then one that nobody has."""
-    yield stem
-    if policy == "suffix":
-        yield from (f"{stem}-{number}" for number in range(1, _NUMBERED))
-        yield f"{stem}-{uuid4().hex[:12]}"
+class Stems:
+    """Stems to try one after the other for a file: ``a``, and with ``suffix`` ``a-1``, ``a-2`` and so on."""
 
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+        self._next: dict[str, int] = {}
 
-def numbered(stem: str, first: int, policy: str) -> Iterator[str]:
-    """Stems of shards: ``a-00003``, and with ``suffix`` the numbers behind it."""
-    number = first
-    while True:
-        yield f"{stem}-{number:05d}"
-        if policy != "suffix":
+    def of(self, stem: str, folder: str = "") -> Iterator[str]:
+        """Those of a stem in a folder, from the one on that was not tried yet."""
+        if self._policy != "suffix":
+            yield stem
             return
-        number += 1
+        if len(self._next) > _MOST_STEMS:
+            self._next.clear()  # the disk knows what is taken
+        key = f"{folder}/{stem}"
+        while True:
+            number = self._next.get(key, 0)
+            self._next[key] = number + 1
+            yield f"{stem}-{number}" if number else stem
+
+
+class Numbers:
+    """Stems of shards, ``a-00003``: each number once, and with ``suffix`` until one is free."""
+
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+        self._next: dict[str, int] = {}
+
+    def of(self, stem: str, first: Callable[[], int]) -> Iterator[str]:
+        """Those of a stem; ``first`` gives the number to begin with."""
+        if stem not in self._next:
+            self._next[stem] = first()
+        while True:
+            number = self._next[stem]
+            self._next[stem] = number + 1
+            yield f"{stem}-{number:05d}"
+            if self._policy != "suffix":
+                return
+
+
+def in_order(path: Path) -> tuple[str, str, int]:
+    """Sorts files as they were made: ``a``, ``a-1``, ``a-2``, ``a-10``."""
+    found = _NUMBERED.fullmatch(path.stem)
+    return (str(path.parent), found[1], int(found[2])) if found else (str(path.parent), path.stem, -1)

@@ -49,7 +49,7 @@ class _Request:
     """A request that began, until the last file with rows of it is published."""
 
     begun: Began
-    rows: int = 0
+    last: tuple[str, Signature] | None = None
     end: Ended | None = None
     parts: list[_Open] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
@@ -84,6 +84,14 @@ class _Open:
     numbers: dict[_Request, int] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
 
+    def add(self, request: _Request) -> int:
+        """Number of a request in the part."""
+        if request not in self.numbers:
+            self.numbers[request] = len(self.numbers)
+            self.counts.append(0)
+            request.parts.append(self)
+        return self.numbers[request]
+
 
 class Parts(Consumer):
     """Writes rows to parts as they arrive, so it holds no more than the part's own buffers whatever a request's length.
@@ -117,8 +125,16 @@ class Parts(Consumer):
     def ended(self, end: Ended) -> Future[str]:
         request = self._live.pop(end.request)
         request.end = end
+        if request.last is not None and not request.parts and not request.failed:
+            self._note(request, request.last)
         request.settle()
         return request.done
+
+    def _note(self, request: _Request, key: tuple[str, Signature]) -> None:
+        """Let a file say that a request has ended whose rows are all in files that were sealed before."""
+        if key not in self._open:
+            self._open[key] = _Open(self._open_part(*key))
+        self._open[key].add(request)
 
     def forget(self, request: str) -> None:
         gone = self._live.pop(request, None)
@@ -152,11 +168,8 @@ class Parts(Consumer):
             present = torch.unique(rows.request[first:]).tolist()
             table = torch.full((len(live),), -1, dtype=torch.int32)
             for i in present:
-                if now not in live[i].parts:
-                    live[i].parts.append(now)
-                    now.numbers[live[i]] = len(now.numbers)
-                    now.counts.append(0)
-                table[i] = now.numbers[live[i]]
+                table[i] = now.add(live[i])
+                live[i].last = key
             request = table[rows.request.long()]
             try:
                 stop = now.part.append(rows, request, first)

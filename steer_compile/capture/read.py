@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steer_compile.capture.codec import DTYPES, Mapped
+from steer_compile.capture.names import in_order
 from steer_compile.capture.packed import FORMAT, VERSION
 from steer_compile.capture.rows import Rows, joined
 from steer_compile.errors import CaptureError
@@ -132,7 +133,7 @@ def published(source: Source) -> list[Path]:
         path = Path(item)
         if path.is_dir():
             below = [p for ending in ("json", "parquet") for p in path.rglob(f"*.{ending}")]
-            found += sorted(p for p in below if p.suffix == ".parquet" or _is_sidecar(p))
+            found += sorted((p for p in below if p.suffix == ".parquet" or _is_sidecar(p)), key=in_order)
         else:
             found.append(path.with_suffix(".json") if path.suffix == ".safetensors" else path)
     missing = [path for path in found if not path.is_file()]

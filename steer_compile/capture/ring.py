@@ -57,10 +57,11 @@ class Ring:
     def _fit(self, nbytes: int) -> Span | None:
         if not self._used:
             self._head = 0
-        skipped = self.size - self._head if self._head + nbytes > self.size else 0
+        wraps = self._head + nbytes > self.size
+        skipped = self.size - self._head if wraps else 0
         if self._used + skipped + nbytes > self.size:
             return None
-        start = 0 if skipped else self._head
+        start = 0 if wraps else self._head
         return Span(start, start + nbytes, nbytes + skipped)
 
     def give(self) -> None:

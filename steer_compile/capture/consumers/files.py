@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from steer_compile.capture.atomic import Temporary, made_folder, publish_pair, sweep
 from steer_compile.capture.codec import Layout, raw
 from steer_compile.capture.consumer import Began, Consumer, Ended
-from steer_compile.capture.names import checked_policy, numbered, slug, stems
+from steer_compile.capture.names import Numbers, Stems, checked_policy, in_order, slug
 from steer_compile.capture.packed import FORMAT, VERSION, PackedPart, site_info
 from steer_compile.capture.parts import Part, Parts, Signature, signature_of
 from steer_compile.capture.rows import Rows, joined
 from steer_compile.errors import CaptureError
 
 LAYOUTS = ("per_file", "packed", "sharded")
-_NUMBER = re.compile(r"-(\d{5,})\.json")
 _ENDLESS = 1 << 62
 
 
@@ -66,25 +63,20 @@ class PackedFiles(Parts):
     def __init__(self, root: Path, collisions: str, shard_bytes: int | None, rank: int) -> None:
         super().__init__(self._part)
         self._root, self._collisions, self._shard_bytes, self._rank = root, collisions, shard_bytes, rank
-        self._next: dict[str, int] = {}
+        self._stems, self._numbers = Stems(collisions), Numbers(collisions)
 
     def _part(self, tag: str, signature: Signature) -> Part:
         stem = _ranked(slug(tag) if tag else "rows", self._rank)
         sharded = self._shard_bytes is not None
         info = {"layout": "sharded" if sharded else "packed", "rank": self._rank, "tag": tag}
-        names = self._numbered(stem) if sharded else stems(stem, self._collisions)
+        names = self._numbers.of(stem, lambda: self._behind(stem)) if sharded else self._stems.of(stem)
         most = self._shard_bytes if self._shard_bytes is not None else _ENDLESS
         return PackedPart(self._root, names, signature, self._collisions, info, most)
 
-    def _numbered(self, stem: str) -> Iterator[str]:
-        """Stems of the next shard, behind the ones of this process, and with ``suffix`` behind those on the disk."""
-        if stem not in self._next:
-            there = [_NUMBER.fullmatch(path.name[len(stem) :]) for path in self._root.glob(f"{stem}-*.json")]
-            taken = [int(found[1]) for found in there if found] if self._collisions == "suffix" else []
-            self._next[stem] = max(taken, default=-1) + 1
-        for name in numbered(stem, self._next[stem], self._collisions):
-            self._next[stem] += 1
-            yield name
+    def _behind(self, stem: str) -> int:
+        """Number of the first shard: with ``suffix`` the one behind those on the disk."""
+        there = self._root.glob(f"{stem}-*.json") if self._collisions == "suffix" else ()
+        return max((in_order(path)[2] for path in there if in_order(path)[1] == stem), default=-1) + 1
 
 
 class PerFile(Consumer):
@@ -92,6 +84,7 @@ class PerFile(Consumer):
 
     def __init__(self, root: Path, collisions: str, max_bytes: int, rank: int) -> None:
         self._root, self._collisions, self._most, self._rank = root, collisions, max_bytes, rank
+        self._stems = Stems(collisions)
         self._live: dict[str, list[Rows]] = {}
         self._failed: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
@@ -148,7 +141,7 @@ class PerFile(Consumer):
         file = Temporary(folder)
         try:
             file.write(layout.header({"format": FORMAT, "version": str(VERSION)}), *parts)
-            names = stems(_ranked(slug(end.request), self._rank), self._collisions)
+            names = self._stems.of(_ranked(slug(end.request), self._rank), folder.name)
             return publish_pair(file, folder, names, info, self._collisions, ".safetensors")
         finally:
             file.discard()

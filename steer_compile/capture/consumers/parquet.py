@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from steer_compile.capture.atomic import made_folder, sweep
-from steer_compile.capture.names import checked_policy, numbered, slug
+from steer_compile.capture.names import Numbers, checked_policy, slug
 from steer_compile.capture.parts import Part, Parts, Signature
 from steer_compile.errors import CaptureError
 
@@ -47,13 +47,11 @@ class ParquetConsumer(Parts):
         self._collisions = checked_policy(collisions)
         self._sizes, self._compression, self._rank = (part_bytes, group_bytes), compression, rank
         self._root = made_folder(Path(root))
-        self._next: dict[str, int] = {}
+        self._numbers = Numbers(collisions)
         sweep(self._root)
 
     def _part(self, tag: str, signature: Signature) -> Part:
         stem = slug(tag) if tag else "rows"
         stem = f"{stem}-r{self._rank}" if self._rank else stem
-        first = self._next.get(stem, 0)
-        self._next[stem] = first + 1
-        names = numbered(stem, first, self._collisions)
+        names = self._numbers.of(stem, lambda: 0)
         return self._made(self._root, names, tag, signature, self._collisions, self._sizes, self._compression)
