@@ -26,6 +26,7 @@ LABEL_COLUMNS = ("request", "number", "tag", "position", "token_id", "step")
 _STORED = {torch.bfloat16: torch.float32}
 """Dtypes that Arrow lacks and what holds them: every bfloat16 is a float32, so nothing is lost."""
 _KEY = b"steer_compile"
+_BUFFER = 1 << 20
 _REQUESTS = b"steer_compile.requests"
 
 
@@ -84,10 +85,16 @@ class ParquetPart(Part):
         self._requests: dict[int, str] = {}
         self._file = Temporary(folder)
         self._bytes = _Bytes(self._file)
-        self._writer = pq.ParquetWriter(
-            pa.PythonFile(self._bytes, mode="w"), self._schema, compression=compression,
-            use_dictionary=["request", "tag"], write_statistics=list(LABEL_COLUMNS), store_schema=True,
-        )  # fmt: skip
+        self._buffer = io.BufferedWriter(self._bytes, _BUFFER)
+        try:
+            self._writer = pq.ParquetWriter(
+                pa.PythonFile(self._buffer, mode="w"), self._schema, compression=compression,
+                use_dictionary=["request", "tag"], write_statistics=list(LABEL_COLUMNS), store_schema=True,
+            )  # fmt: skip
+        except (OSError, ValueError, pa.ArrowException):
+            self._bytes.dead = True
+            self._file.discard()
+            raise
 
     def append(self, rows: Rows, request: Tensor, first: int) -> int:
         stop = min(len(rows), first + self._most - self._rows)
@@ -124,6 +131,7 @@ class ParquetPart(Part):
         self._writer.add_key_value_metadata({_REQUESTS: json.dumps(list(requests)).encode()})
         try:
             self._writer.close()
+            self._buffer.flush()
             return str(publish(self._file, self._folder, self._names, self._policy, ".parquet"))
         finally:
             self.discard()

@@ -60,13 +60,17 @@ class Temporary:
         os.lseek(self.fd, size, os.SEEK_CUR)
         self.size += size
 
+    def sync(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self.fd)
+
     def publish(self, final: Path, replace: bool) -> None:
         """Make the file durable and give it its name, with all of its content or not at all; then close it.
 
         Raises:
             FileExistsError: the name is taken, and ``replace`` is not set; the file stays open for another name.
         """
-        os.fsync(self.fd)
+        self.sync()
         if replace:
             os.replace(self._path, final)
         else:
@@ -211,30 +215,33 @@ def publish_pair(
         side = folder / f"{tried}.json"
         former = _data_of(side) if policy == "replace" else None
         final = folder / (f"{tried}{ending}" if former is None else f"{tried}.{uuid.uuid4().hex[:8]}{ending}")
-        try:
-            if policy != "replace" and side.exists():
-                raise FileExistsError(errno.EEXIST, "the name is taken", str(side))
-            data.publish(final, replace=policy == "replace")
-        except FileExistsError:
+        if policy != "replace" and (side.exists() or final.exists()):
             continue
+        text = Temporary(folder)
         try:
-            _publish_json(side, {"data": final.name, "bytes": data.size, **info}, policy == "replace")
-        except (OSError, ValueError):
-            final.unlink(missing_ok=True)
-            raise
+            text.write(json.dumps({"data": final.name, "bytes": data.size, **info}, separators=(",", ":")).encode())
+            text.sync()  # before the data appear, so that a process is hardly ever killed between the two
+            data.publish(final, replace=policy == "replace")
+            _publish_or_undo(text, side, policy == "replace", final)
+        except FileExistsError:
+            if data.fd < 0:
+                raise
+            continue
+        finally:
+            text.discard()
         if former is not None and former != final:
             former.unlink(missing_ok=True)
         return side
     raise _taken(folder / f"{tried}{ending}")
 
 
-def _publish_json(path: Path, info: Mapping[str, Any], replace: bool) -> None:
-    text = Temporary(path.parent)
+def _publish_or_undo(text: Temporary, side: Path, replace: bool, final: Path) -> None:
+    """Publish a sidecar; where that fails the data go as well."""
     try:
-        text.write(json.dumps(info, separators=(",", ":")).encode())
-        text.publish(path, replace)
-    finally:
-        text.discard()
+        text.publish(side, replace)
+    except OSError:
+        final.unlink(missing_ok=True)
+        raise
 
 
 def _data_of(side: Path) -> Path | None:

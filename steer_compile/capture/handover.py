@@ -95,19 +95,23 @@ class Handover:
     def _fits(self, nbytes: int) -> bool:
         return not self._used or self._used + nbytes <= self._most
 
-    def get(self) -> tuple[Message, str]:
-        """The next message, read back from the disk where it was spilled, and why that failed where it did."""
+    def get(self) -> Message:
+        """The next message, read back from the disk where it was spilled; as it was put where that fails."""
         with self._changed:
             while not self._messages:
                 self._changed.wait()
             message = self._messages.popleft()
         if not isinstance(message, Delivery) or isinstance(message.rows, Rows):
-            return message, ""
+            return message
         assert self._spill is not None
         try:
-            return Delivery(self._spill.read(message.rows), message.tracked), ""
+            rows = self._spill.read(message.rows)
         except (CaptureError, OSError) as error:
-            return message, str(error)
+            _log.warning("%d spilled rows are lost: %s", message.rows.rows, error)
+            return message
+        with self._changed:
+            self._used += rows.nbytes
+        return Delivery(rows, message.tracked)
 
     def done(self, rows: Rows) -> None:
         """Rows that were in memory have been delivered."""

@@ -58,11 +58,6 @@ class Registry:
         self._handles: dict[int, Handle] = {}
         self._numbers = count(1)
 
-    @property
-    def spec(self) -> SteerSpec:
-        """What is compiled in."""
-        return self._spec
-
     def bind(self, plan: Plan, table: SiteTable, device: torch.device) -> None:
         """Allocate the plan's tensors and write what was set before the model was compiled.
 

@@ -72,5 +72,5 @@ def feed(consumer: Consumer, *parts: Rows, tag: str = "", dropped: int = 0) -> d
     for name in names:
         kept = consumer.ended(Ended(name, tag, dropped, META))
         assert not hasattr(kept, "__await__")
-        found[name] = kept  # type: ignore[assignment]
+        found[name] = kept
     return found
