@@ -17,6 +17,7 @@ from torch import Tensor
 from steer_compile.capture.atomic import Temporary, publish
 from steer_compile.capture.block import Block, row_bytes
 from steer_compile.capture.codec import DTYPES, dtype_name
+from steer_compile.capture.copies import widened
 from steer_compile.capture.parts import Part, Signature
 from steer_compile.capture.rows import Rows
 from steer_compile.errors import CaptureError
@@ -119,8 +120,7 @@ class ParquetPart(Part):
         ]
         columns += [pa.array(tensors.pop(name).numpy()) for name in ("positions", "token_ids", "steps")]
         for field in list(self._schema)[len(columns) :]:
-            value = tensors[field.name]
-            flat = value.to(_STORED.get(value.dtype, value.dtype)).reshape(-1).numpy()
+            flat = widened(tensors[field.name]).reshape(-1)
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), type=field.type))
         self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=count)
         self._block.clear()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from steer_compile.capture.copies import as_bytes
 from steer_compile.capture.parts import Signature
 from steer_compile.capture.rows import Rows
 
@@ -44,7 +46,8 @@ class Block:
             "positions": rows.positions, "token_ids": rows.token_ids, "steps": rows.steps, "request": request
         }  # fmt: skip
         for name, source in (*labels.items(), *rows.values.items()):
-            self._buffers[name][self.filled : self.filled + count].copy_(source[first : first + count])
+            target = self._buffers[name][self.filled : self.filled + count]
+            np.copyto(as_bytes(target), as_bytes(source[first : first + count]))
         self.filled += count
         return first + count
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from steer_compile.capture.copies import gather
+
 ALIGNMENT = 64
 
 
@@ -124,7 +126,7 @@ class Copier:
             sources = [tensors[name] for name in place.names]
             if not sources[0].is_cuda:
                 for source, view in zip(sources, block.unbind(), strict=True):
-                    torch.index_select(source, 0, rows, out=view)
+                    gather(source, rows.numpy(), view)
                 continue
             if on_device is None:
                 on_device = rows.pin_memory().to(sources[0].device, non_blocking=True)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from steer_compile.capture.copies import copied
 from steer_compile.capture.results import Tracked
 from steer_compile.capture.rows import Rows
 from steer_compile.errors import CaptureError
@@ -106,7 +107,7 @@ class Item:
         try:
             if self.ready is not None:
                 self.ready.synchronize()
-            values = {key: view.clone() for key, view in self.views.items()}
+            values = {key: copied(view) for key, view in self.views.items()}
         except (MemoryError, RuntimeError):
             return None
         count = len(self.of.rows)

@@ -136,7 +136,8 @@ def test_a_disk_that_is_full(tiny_disk: Path, kind: str) -> None:
 
 
 def test_spilling_to_a_full_disk_blocks_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = os.write, []
+    real = os.write
+    seen: list[Any] = []
 
     def full(fd: int, data: Any) -> int:
         if len(seen) > 2 and Path(os.readlink(f"/proc/self/fd/{fd}")).parent.name.startswith(".steer-compile-spill"):

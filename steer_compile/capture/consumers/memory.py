@@ -6,12 +6,11 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from steer_compile.capture.consumer import Began, Consumer, Ended
+from steer_compile.capture.copies import widened
 from steer_compile.capture.rows import Rows, joined
 from steer_compile.errors import CaptureError, UnknownName
 
@@ -124,7 +123,7 @@ class MemoryConsumer(Consumer):
 
     def arrays(self, request: str) -> dict[str, npt.NDArray[Any]]:
         """`tensors` as NumPy arrays; bfloat16 becomes float32."""
-        return {name: _array(tensor) for name, tensor in self.tensors(request).items()}
+        return {name: widened(tensor) for name, tensor in self.tensors(request).items()}
 
     def frame(self, request: str) -> Any:
         """A pandas table: ``request``, ``position``, ``token_id``, ``step``, and an array in each row for each site.
@@ -142,8 +141,3 @@ class MemoryConsumer(Consumer):
         labels = {"position": arrays.pop("positions"), "token_id": arrays.pop("token_ids"), "step": arrays.pop("steps")}
         values = {name: list(array) for name, array in arrays.items()}
         return pandas.DataFrame({"request": request, **labels, **values})
-
-
-def _array(tensor: Tensor) -> npt.NDArray[Any]:
-    plain: npt.NDArray[Any] = np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
-    return plain
