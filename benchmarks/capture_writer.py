@@ -29,6 +29,8 @@ from steer_compile.capture.pipeline import Pipeline, StepRows
 from steer_compile.capture.rows import Rows
 
 CHUNK = 16 << 20
+SOURCE = np.random.default_rng(0).integers(0, 256, CHUNK, dtype=np.uint8).data
+"""What a plain write writes, again and again."""
 
 
 def rows_of(sites: int, width: int, tokens: int) -> Rows:
@@ -44,10 +46,9 @@ def rows_of(sites: int, width: int, tokens: int) -> Rows:
 def plain(folder: Path, step: Rows, steps: int) -> None:
     """As many bytes in order, from memory, in pieces of 16 MiB."""
     left = steps * len(step) * row_bytes(signature_of(step))
-    source = np.random.default_rng(0).integers(0, 256, CHUNK, dtype=np.uint8).data
     fd = os.open(folder / "plain", os.O_CREAT | os.O_WRONLY)
     while left:
-        left -= os.write(fd, source[: min(left, CHUNK)])
+        left -= os.write(fd, SOURCE[: min(left, CHUNK)])
     os.fsync(fd)
     os.close(fd)
 
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--megabytes", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--sites", type=int, default=8)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=64)

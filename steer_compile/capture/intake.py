@@ -70,7 +70,7 @@ class Intake:
         views: dict[str, Tensor] | None = None
         ready = None
         try:
-            views, ready = self._copier.copy(tensors, torch.from_numpy(np.array(of.rows, np.int64)), where, span)
+            views, ready = self._copier.copy(tensors, torch.from_numpy(of.rows), where, span)
         finally:
             self.put(Item(of, tracked, views, ready))  # spans go back in their order, also where a copy failed
         return True

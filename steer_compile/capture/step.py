@@ -62,6 +62,10 @@ class StepRows:
     step: int
 
     def __post_init__(self) -> None:
+        # copies: a host goes on with its own lists while a thread reads these
+        object.__setattr__(self, "requests", tuple(self.requests))
+        object.__setattr__(self, "request", np.array(self.request, np.int32))
+        object.__setattr__(self, "rows", np.array(self.rows, np.int64))
         if self.request.shape != self.rows.shape or self.rows.ndim != 1:
             raise CaptureError(f"{self.request.shape} requests are given for {self.rows.shape} rows; give one for each")
 
@@ -114,7 +118,7 @@ class Item:
         ids = values.pop(TOKEN_IDS, None)
         return Rows(
             tuple(self.of.requests),
-            torch.from_numpy(np.array(self.of.request, np.int32)),
+            torch.from_numpy(self.of.request.copy()),
             values.pop(POSITIONS),
             ids if ids is not None else torch.full((count,), -1, dtype=torch.int64),
             torch.full((count,), self.of.step, dtype=torch.int64),

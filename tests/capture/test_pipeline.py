@@ -48,7 +48,11 @@ def test_the_tensors_of_a_step_may_be_written_to_afterwards(making: Callable[...
     pipeline = making({"gate": gate, "memory": memory})
     pipeline.begin("a")
     part = rows([("a", 0, 4)])
-    submit(pipeline, part)
+    names, request, index = ["a"], part.request.numpy(), np.arange(4)
+    pipeline.submit(StepRows(names, request, index, 0), part.positions, part.values, part.token_ids)
+    names[0] = "b"
+    request.fill(-7)
+    index.fill(-7)
     for tensor in (*part.values.values(), part.positions, part.token_ids):
         tensor.fill_(-7)
     gate.open.set()
