@@ -22,6 +22,7 @@ KERNEL_ARGUMENTS = 36  # a Triton kernel takes pointers, strides and constants o
 PROBES = 2  # getattr(x, "name", default) and hasattr(x, "name") in one file
 
 BROAD_EXCEPTS: dict[str, int] = {
+    "steer_compile/capture/dispatch.py": 1,  # what a user's consumer raises is a request's result, and others go on
     "steer_compile/dynamic/controller.py": 1,  # what a user's controller raises is reported, and the model runs on
 }
 """File -> how many `except Exception` it may hold: only where the outcome of foreign code is reported."""

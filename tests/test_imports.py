@@ -39,12 +39,14 @@ BEHIND_A_DOOR = (
     "kernels/site_kernels.py",
     "kernels/site_wide.py",
     "kernels/gate_kernels.py",
+    "steer_compile/capture/arrow.py",
     "steer_compile/dynamic/prometheus.py",
     "steer_compile/vllm/metrics.py",
     "steer_compile/vllm/requests.py",
     "steer_compile/vllm/server/plugin.py",
 )
-"""Modules that are imported only where their extra is there: the template, which needs Triton; what vLLM calls."""
+"""Modules that are imported only where their extra is there: the template, which needs Triton; parquet; what vLLM
+calls."""
 
 ADAPTERS = Path("steer_compile/vllm/adapters")
 """What leans on vLLM, and is imported when vLLM calls the plugin."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from steer_compile.errors import NotSteered, SpecError, TooManyTokens
-from steer_compile.runtime.capture import CaptureLog
+from steer_compile.runtime.capture import CaptureLog, Sink
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import PhaseTracker, RowPlan, Step, token_rows
 from steer_compile.runtime.vectors import SiteKey
@@ -59,6 +59,7 @@ class Calls(Registry):
         self._continued = False
         self._shape = (0, 0)
         self._logs: list[CaptureLog] = []
+        self.sinks: list[Sink] = []
 
     def assign(
         self,
@@ -138,6 +139,8 @@ class Calls(Registry):
         self._plans(batch)  # refused before the phase moves on
         step = self.phases.advance(batch, length)
         self._begin(step)
+        for sink in self.sinks:
+            sink.begin(step, self._batches[-1].names_of(batch), self.calls)
         plans, selective = self._plans(batch)
         padded = self.phases.prompts is not None and step.phase == "prefill"
         moving = padded or selective
@@ -148,15 +151,17 @@ class Calls(Registry):
         self.sites.before_call(batch, length, step.phase == "decode")
 
     def after_call(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None = None) -> None:
-        """Called behind each compiled graph: let open capture logs take the sites that it stored.
+        """Called behind each compiled graph: let open capture logs and sinks take the sites that it stored.
 
         Args:
             token_ids: ids of the call's tokens (batch, length), where the graph has them.
         """
         batch, length = self._shape
-        values = self.tables.captured(batch * length) if captured and self._logs else {}
+        values = self.tables.captured(batch * length) if captured and (self._logs or self.sinks) else {}
         for log in list(self._logs):
             log.take({key: values[key] for key in captured}, self._shape, self._continued)
+        for sink in self.sinks:
+            sink.take({key: values[key] for key in captured}, token_ids, not self._scope.partial)
         self._end(captured, token_ids)
 
     def _begin(self, step: Step) -> None:

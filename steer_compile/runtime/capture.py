@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 
 from steer_compile.errors import NotSteered, SiteNotFound
 from steer_compile.hooks import parse_hook
+from steer_compile.runtime.rows import Step
 from steer_compile.runtime.vectors import SiteKey
+
+
+class Sink(Protocol):
+    """Takes what calls capture as they go on, as in `Calls.sinks`. What it raises ends the call."""
+
+    def begin(self, step: Step, names: tuple[str, ...], number: int) -> None:
+        """In front of a call: its shape and phase, the names of its sequences, and how many calls were before."""
+
+    def take(self, values: Mapping[SiteKey, torch.Tensor], token_ids: torch.Tensor | None, last: bool) -> None:
+        """Behind a compiled graph: views ``(batch * length, width)`` that the next call writes to, and token ids.
+
+        Args:
+            last: no further graph runs in this call.
+        """
 
 
 class CaptureLog:

@@ -112,6 +112,14 @@ def token_rows(step: Step, plans: Sequence[RowPlan]) -> npt.NDArray[np.int32]:
     return rows
 
 
+def real_tokens(step: Step, element: int) -> tuple[range, int]:
+    """Which of a call's tokens of an element are no padding, and the position of the first of them."""
+    first = step.start - step.pads[element]
+    begin = min(max(0, -first), step.length)
+    end = min(step.length, max(begin, step.prompts[element] - first)) if step.phase == "prefill" else step.length
+    return range(begin, end), first + begin
+
+
 @dataclass
 class PhaseTracker:
     """Phase and position of each call, from its shape or as told.

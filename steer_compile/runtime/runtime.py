@@ -14,12 +14,18 @@ from steer_compile.runtime.rows import PhaseTracker
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.tables import KINDS
 from steer_compile.runtime.vectors import PHASES, vector_set
+from steer_compile.spec import SteerSpec
 
 __all__ = ["Handle", "Runtime"]
 
 
 class Runtime(Calls):
     """Vectors, rows, phases and captures of one compiled model. Thread-safe for changes between calls."""
+
+    @property
+    def spec(self) -> SteerSpec:
+        """What is compiled in."""
+        return self._spec
 
     @contextmanager
     def steer(

@@ -1,0 +1,1 @@
+"""The package's own consumers of captured rows, one file each."""
