@@ -99,6 +99,14 @@ class Pipeline:
         with self._lock:
             self._intake.put(Event("ended", self._ledger.end(request)))
 
+    def lost(self, request: str, rows: int) -> None:
+        """Count rows of a request that its host had no room for: the result is ``partial``.
+
+        Raises:
+            UnknownName: it has not begun, or has ended.
+        """
+        self._ledger.drop(self._ledger.open(request), rows)
+
     def abort(self, request: str, text: str) -> None:
         """Give a request up: its result is an error with this text, and consumers forget what they have of it.
 

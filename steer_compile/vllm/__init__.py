@@ -9,7 +9,7 @@ vLLM finds the package through its entry point ``vllm.general_plugins`` (`plugin
 vLLM that this package leans on has a file of its own in ``adapters``, with the versions it was run on.
 """
 
-from steer_compile.vllm.capture_files import Captured, captured
+from steer_compile.vllm.capture_files import Captured, capture_result, captured
 from steer_compile.vllm.settings import cli_config, engine_args
 
-__all__ = ["Captured", "captured", "cli_config", "engine_args"]
+__all__ = ["Captured", "capture_result", "captured", "cli_config", "engine_args"]

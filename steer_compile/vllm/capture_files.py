@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from steer_compile.errors import NotSteered, SpecError
+from steer_compile.vllm.capture_consumers import Consumers
 from steer_compile.vllm.captures import Kept, Room, joined
 
 MOST_NAME = 100
@@ -31,6 +32,8 @@ _QUEUE = 256
 """Files that may wait for the thread; beyond them the engine waits."""
 _LAST = 30.0
 """Seconds in which a process that ends writes its last files."""
+RESULT = "steer_compile_capture_result"
+"""Method of the workers that says what became of rows in a consumer."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -61,11 +64,12 @@ def _stage_file(path: Path, stage: int | None) -> Path:
 
 
 class Writer:
-    """Writes files in a thread of its own. ``stage``: of a pipeline, whose stages write a file each; None: of none."""
+    """Writes files in a thread of its own, and hands the rows of other requests to their consumers."""
 
-    def __init__(self, folder: str, room: Room, stage: int | None = None) -> None:
+    def __init__(self, folder: str, room: Room, consumers: Consumers) -> None:
+        self.consumers = consumers
         self._folder = folder
-        self._stage = stage
+        self._stage = consumers.stage
         self._room = room
         self._queue: queue.Queue[Kept | None] = queue.Queue(_QUEUE)
         self._thread = threading.Thread(target=self._run, name="steer_compile captures", daemon=True)
@@ -85,11 +89,15 @@ class Writer:
         """Write what is there, as the process ends."""
         self._queue.put(None)
         self._thread.join(_LAST)
+        self.consumers.close()
 
     def _run(self) -> None:
         while (kept := self._queue.get()) is not None:
             try:
-                _write(self._file(kept), kept)
+                if kept.asked.to:
+                    self.consumers.put(kept)
+                else:
+                    _write(self._file(kept), kept)
             except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError) as error:  # the reader sees it
                 _note(self._file(kept), error)
             finally:
@@ -153,12 +161,14 @@ def captured(output: Any, llm: Any = None, timeout: float = 60.0) -> Captured:
     reference = (output.kv_transfer_params or {}).get("steer_capture")
     if reference is None:
         raise NotSteered("this output captured nothing; give the request {'steer': {'capture': {...}}}")
+    if reference["to"]:
+        raise NotSteered(
+            f"the rows of this output went to the consumer {reference['to']!r}, and are in no file of their own; "
+            "`capture_result` says where they are"
+        )
     paths = stage_files(Path(reference["file"]), reference["stages"])
     if llm is not None and not all(path.exists() for path in paths):
-        from vllm.v1.engine.core_client import InprocClient
-
-        if isinstance(llm.llm_engine.engine_core, InprocClient):  # an engine in a process of its own goes on by itself
-            llm.llm_engine.step()
+        _go_on(llm)
     end = time.monotonic() + timeout
     for path in paths:
         while not path.exists():
@@ -170,6 +180,43 @@ def captured(output: Any, llm: Any = None, timeout: float = 60.0) -> Captured:
     whole = reference["output"] == "whole"  # else the output holds the last tokens alone
     length = len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 if whole else None
     return merged([read(path, length) for path in paths])
+
+
+def capture_result(output: Any, llm: Any, timeout: float = 60.0) -> dict[str, str]:
+    """What became of a request's rows in its consumer: ``status``, ``text`` and ``place``, as in `capture.results`.
+
+    It is ``pending`` where the consumer has not kept them within the timeout; of several stages of a pipeline the worst
+    counts, and places are given line by line.
+
+    Raises:
+        NotSteered: the request's rows went to no consumer.
+    """
+    reference = (output.kv_transfer_params or {}).get("steer_capture")
+    if reference is None or not reference["to"]:
+        raise NotSteered("the rows of this output went to no consumer; give the request {'capture': {'to': NAME}}")
+    _go_on(llm)
+    end = time.monotonic() + timeout
+    while True:
+        answers = llm.collective_rpc(RESULT, args=(reference["to"], reference["name"]))
+        found = worst([answer for answer in answers if answer])
+        if found["status"] != "pending" or time.monotonic() > end:
+            return found
+        time.sleep(0.01)
+
+
+def worst(stages: list[dict[str, str]]) -> dict[str, str]:
+    """One result of those of all stages of a pipeline."""
+    order = ("error", "pending", "partial", "ok")
+    first = min(stages, key=lambda each: order.index(each["status"]))
+    return {**first, "place": "\n".join(dict.fromkeys(each["place"] for each in stages if each["place"]))}
+
+
+def _go_on(llm: Any) -> None:
+    """Let an engine in this process hear that its requests have ended; others go on by themselves."""
+    from vllm.v1.engine.core_client import InprocClient
+
+    if isinstance(llm.llm_engine.engine_core, InprocClient):
+        llm.llm_engine.step()
 
 
 def merged(stages: list[Captured]) -> Captured:

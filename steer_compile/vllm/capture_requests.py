@@ -6,7 +6,8 @@
             "top": {"count": 5, "site": "layers.3.post_block", "probe": [...]}},
  "reduce": ["norm", "project"],          some of rows (what is kept where left out), norm, project, or mean alone
  "directions": {"layers.3.post_block": [[...], ...]},
- "to": "parquet",                        one of the engine's consumers; a file where left out
+ "to": "acts",                           one of the engine's consumers; a file where left out
+ "tag": "train",                         for consumers that sort requests by tags
  "name": "run 7"}
 """
 
@@ -27,7 +28,7 @@ from steer_compile.vllm.requests import object_of, tokens_of, vector_of
 
 MOST_POSITIONS = 4096
 """Most explicit positions of a request."""
-_FIELDS = {"sites", "tokens", "reduce", "directions", "to", "name"}
+_FIELDS = {"sites", "tokens", "reduce", "directions", "to", "tag", "name"}
 _MORE = {"every", "positions", "top"}
 """Fields of the captured tokens that those of steered ones do not have."""
 
@@ -35,12 +36,13 @@ _MORE = {"every", "positions", "top"}
 @dataclass(frozen=True)
 class CaptureAsked:
     """What a request's ``capture`` says: sites (None for all that the engine has), tokens, what is kept of them, the
-    consumer, and a name for the file."""
+    consumer and a tag for it, and a name."""
 
     sites: tuple[SiteKey, ...] | None = None
     tokens: Selection = Selection()
     keep: Reduction = Reduction()
     to: str = ""
+    tag: str = ""
     name: str = ""
 
     @classmethod
@@ -50,7 +52,7 @@ class CaptureAsked:
         unknown = sorted(set(fields) - _FIELDS)
         if unknown:
             raise SpecError(f"capture has the unknown field {unknown[0]!r}; give {', '.join(sorted(_FIELDS))}")
-        texts = {field: fields.get(field, "") for field in ("name", "to")}
+        texts = {field: fields.get(field, "") for field in ("to", "tag", "name")}
         for field, text in texts.items():
             if not isinstance(text, str):
                 raise SpecError(f"capture has {field}={text!r:.80}; give text")
@@ -59,7 +61,7 @@ class CaptureAsked:
         keep = _reduction(fields.get("reduce"), fields.get("directions"))
         if tokens.top is not None and keep.mean:
             raise SpecError("a mean of the tokens of top is not kept; capture their rows, or a mean by position")
-        return cls(_sites(fields.get("sites")), tokens, keep, texts["to"], texts["name"])
+        return cls(_sites(fields.get("sites")), tokens, keep, **texts)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class CaptureRequest:
     tokens: Selection = Selection()
     keep: Reduction = Reduction()
     to: str = ""
+    tag: str = ""
 
     def to_data(self) -> list[Any]:
         """Plain data that crosses processes."""
@@ -84,17 +87,18 @@ class CaptureRequest:
             [spans, self.tokens.every, list(self.tokens.positions), more],
             [list(self.keep.kinds), directions],
             self.to,
+            self.tag,
         ]
 
     @classmethod
     def of_data(cls, data: Sequence[Any]) -> CaptureRequest:
         """The request of `to_data`."""
-        name, sites, (spans, every, positions, more), (kinds, directions), to = data
+        name, sites, (spans, every, positions, more), (kinds, directions), to, tag = data
         tokens = None if spans is None else TokenSelection(tuple(tuple(s) for s in spans[0]), spans[1], spans[2])
         top = None if more is None else Top(more[0], (more[1][0], more[1][1]), _numbers(more[2]))
         given = {(site[0], site[1]): _numbers(packed).view(count, -1) for site, count, packed in directions}
         selection = Selection(tokens, every, tuple(positions), top)
-        return cls(name, tuple((hook, layer) for hook, layer in sites), selection, Reduction(kinds, given), to)
+        return cls(name, tuple((hook, layer) for hook, layer in sites), selection, Reduction(kinds, given), to, tag)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from steer_compile.capture.selection import Top
-from steer_compile.errors import SiteNotFound, SpecError, TableFull, VectorError
+from steer_compile.errors import SiteNotFound, SpecError, TableFull, UnknownName, VectorError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.registry import Registry
 from steer_compile.runtime.steering import Steering
@@ -45,7 +45,8 @@ class Checked:
     Attributes:
         data: for the engine.
         digests: of what it adds in each phase, "" for nothing; and whether it may need a row for overrides.
-        capture: the name and file of its captured rows, and how many stages of a pipeline write it; None without.
+        capture: the name of its captured rows, the consumer that they go to or "", the file that they are in
+            without, and how many stages of a pipeline write it; None where it captures nothing.
         whole: it captures prompt tokens, all of which must therefore be computed.
     """
 
@@ -114,7 +115,7 @@ class FrontEnd:
         capture = self._capture(CaptureAsked.of(asked))
         data["capture"] = capture.to_data()
         file = file_at(self.settings.capture_dir, capture.name)
-        reference = {"name": capture.name, "file": str(file), "stages": self.stages}
+        reference = {"name": capture.name, "to": capture.to, "file": str(file), "stages": self.stages}
         return Checked(data, digests, reference, capture.tokens.in_prompt)
 
     def _made(self, steering: Steering) -> dict[str, Contents]:
@@ -125,10 +126,13 @@ class FrontEnd:
         return made
 
     def _capture(self, asked: CaptureAsked) -> CaptureRequest:
-        if self._captured and not self.settings.capture_dir:
+        names = [spec.name for spec in self.settings.consumers]
+        if asked.to and asked.to not in names:
+            raise UnknownName(f"no consumer {asked.to!r:.80}; this engine has {', '.join(names) or 'none'}")
+        if self._captured and not asked.to and not self.settings.capture_dir:
             raise SpecError(
                 "the request captures, and this engine has no folder for captured rows; give capture_dir in "
-                "additional_config"
+                f"additional_config, or name a consumer in to ({', '.join(names) or 'there is none'})"
             )
         sites = tuple(self._captured) if asked.sites is None else asked.sites
         absent = [f"layers.{layer}.{hook}" for hook, layer in sites if (hook, layer) not in self._captured]
@@ -147,7 +151,7 @@ class FrontEnd:
                 f"{what} would count drafts that are not taken, and this engine decodes speculatively; capture rows, "
                 "or leave speculative_config out"
             )
-        return CaptureRequest(file_name(asked.name), sites, asked.tokens, asked.keep, asked.to)
+        return CaptureRequest(file_name(asked.name), sites, asked.tokens, asked.keep, asked.to, asked.tag)
 
     def _check_top(self, top: Top | None, sites: tuple[SiteKey, ...]) -> None:
         if top is None:

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from steer_compile.errors import SpecError
 from steer_compile.spec import SteerSpec
+from steer_compile.vllm.capture_consumers import ConsumerSpec, consumer_specs
 from steer_compile.vllm.operator_code import ControllerSpec, controller_specs, to_data
 
 KEY = "steer_compile"
 """Key of the settings in vLLM's ``additional_config``."""
 
-OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes", "controllers")
+OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes", "consumers", "controllers")
 """Keys beside the spec's."""
 CAPTURE_BYTES = 1 << 30
 
@@ -39,6 +40,7 @@ class Settings:
         capture_dir: folder for captured rows, on the machine of the engine; needed where the spec captures, unless
             controllers or gates of requests look at what it captures.
         capture_bytes: most bytes of captured rows in memory; of what comes beyond them rows are dropped.
+        consumers: where captured rows go beside files, by the names that requests give.
         controllers: controllers of dynamic steering, run on every rank.
     """
 
@@ -47,6 +49,7 @@ class Settings:
     vector_root: str = ""
     capture_dir: str = ""
     capture_bytes: int = CAPTURE_BYTES
+    consumers: tuple[ConsumerSpec, ...] = ()
     controllers: tuple[ControllerSpec, ...] = ()
 
     @property
@@ -84,12 +87,13 @@ class Settings:
         controllers = controller_specs(given.get("controllers", {}))
         _check_reach(spec, bool(controllers))
         folders = {name: _folder(name, given.get(name, "")) for name in ("vector_root", "capture_dir")}
-        looked_at = bool(spec.overrides or controllers)
+        consumers = consumer_specs(given.get("consumers", {}))
+        looked_at = bool(spec.overrides or controllers or consumers)
         if bool(spec.capture) != bool(folders["capture_dir"]) and not (spec.capture and looked_at):
             raise SpecError(
-                "captures of vLLM's requests go to files, and the spec has "
+                "captures of vLLM's requests go to files or consumers, and the spec has "
                 + (
-                    "no capture_dir; name a folder"
+                    "no capture_dir and no consumers; name a folder"
                     if spec.capture
                     else "a capture_dir and captures nothing; name hooks"
                 )
@@ -97,8 +101,12 @@ class Settings:
         most = given.get("capture_bytes", CAPTURE_BYTES)
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise SpecError(f"capture_bytes={most!r} is no number of bytes; give a whole number above 0")
+        if consumers and not spec.capture:
+            raise SpecError(
+                f"the spec has the consumer {consumers[0].name!r} and captures nothing; name hooks in capture"
+            )
         files = _files(given.get("vectors", {}))
-        return cls(spec, files, **folders, capture_bytes=most, controllers=controllers)
+        return cls(spec, files, **folders, capture_bytes=most, consumers=consumers, controllers=controllers)
 
 
 def _check_reach(spec: SteerSpec, controllers: bool) -> None:
@@ -132,6 +140,7 @@ def engine_args(
     vector_root: str | Path = "",
     capture_dir: str | Path = "",
     controllers: Mapping[str, Mapping[str, Any]] | None = None,
+    consumers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` or ``AsyncEngineArgs`` that switch steering on.
 
@@ -142,9 +151,11 @@ def engine_args(
         capture_dir: folder for captured rows; needed where the spec captures and nothing but requests reads that.
         controllers: controllers of dynamic steering: name to ``{"class": "module:Class", "args": {...}}``, of which
             every process of the engine makes one. Code of the operator's; requests cannot name any.
+        consumers: where captured rows of requests may go beside files: name to ``{"consumer": "parquet", "options":
+            {...}}``, as `steer_compile.capture.consumer.make_consumer` takes them.
 
     Raises:
-        SpecError: a vector file or a folder that is not there, or controllers of another form.
+        SpecError: a vector file or a folder that is not there, or controllers or consumers of another form.
     """
     plain = {key: value for key, value in spec.to_dict().items() if key != "max_tokens"}
     files = dict(_files({name: str(path) for name, path in (vectors or {}).items()}))
@@ -153,6 +164,8 @@ def engine_args(
     more |= {name: _folder(name, str(path)) for name, path in folders.items() if path}
     if controllers:
         more["controllers"] = to_data(controller_specs(controllers))
+    if consumers:
+        more["consumers"] = {spec.name: spec.to_data() for spec in consumer_specs(consumers)}
     return {"additional_config": {KEY: {**plain, **more}}}
 
 

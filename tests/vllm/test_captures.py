@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from steer_compile import SteerSpec
+from steer_compile.capture.read import read
 from steer_compile.errors import SteerError
-from steer_compile.vllm import Captured, captured
+from steer_compile.vllm import Captured, capture_result, captured
 from tests import _tree
 from tests.vllm import engines
 from tests.vllm.engines import at, vector
@@ -222,6 +224,61 @@ def test_rows_beyond_the_room_are_dropped_and_said(models: Path, folder: Path) -
     assert found.positions.tolist() == list(range(12))
     (later,) = generate(small, [{"capture": {"sites": {"post_block": [1]}}}], [list(range(5, 10))])
     assert captured(later, small).status == "complete"  # the room is there again
+
+
+def test_consumers_of_an_engine(models: Path, tmp_path: Path, judge: Any) -> None:
+    """Rows of several requests in one packed file by tag, with labels, digests and results; others in files as ever."""
+    consumers = {
+        "acts": {"consumer": "files", "options": {"root": str(tmp_path / "acts"), "layout": "packed"}},
+        "torn": {"consumer": "files", "options": {"root": str(tmp_path / "torn")}},
+    }
+    kept = engines.engine(engines.saved("llama", models), SPEC, capture_dir=tmp_path, consumers=consumers)
+    shutil.rmtree(tmp_path / "torn")
+    (tmp_path / "torn").write_text("a file in place of the folder")
+    one = {"sites": {"post_block": [1]}}
+    asked = [
+        {**one, "to": "acts", "tag": "../train", "name": "a"},
+        {**one, "to": "acts", "tag": "../train", "name": "b", "tokens": {"generated": True}},
+        {**one, "reduce": "mean", "to": "acts", "tag": "means"},
+        {**one, "to": "torn"},
+        one,
+    ]
+    prompts = [list(range(5 + i, 12 + 3 * i)) for i in range(5)]
+    outputs = generate(kept, [{"capture": each} for each in asked], prompts)
+    results = [capture_result(output, kept) for output in outputs[:4]]
+    assert [result["status"] for result in results] == ["ok", "ok", "ok", "error"]
+    assert all(Path(result["place"]).is_relative_to(tmp_path / "acts") for result in results[:3])
+    found = read(tmp_path / "acts", tag="../train")
+    for output, positions in ((outputs[0], range(12)), (outputs[1], range(9, 14))):
+        rows = found.rows.of(output.kv_transfer_params["steer_capture"]["name"])
+        ids, expected = streams(judge, output)
+        assert rows.positions.tolist() == list(positions)
+        assert rows.token_ids.tolist() == [ids[p] for p in positions]
+        assert rows.steps.unique().numel() == len(output.outputs[0].token_ids) - (positions[0] > 0)
+        torch.testing.assert_close(
+            rows.values["layers.1.post_block"], expected["layers.1.post_block"][list(positions)],
+            atol=engines.TOLERANCE, rtol=engines.TOLERANCE,
+        )  # fmt: skip
+    check(captured(outputs[4], kept), judge, outputs[4], list(range(len(prompts[4]) + 5)))
+    with pytest.raises(SteerError, match="went to the consumer 'acts'"):
+        captured(outputs[0], kept)
+    with pytest.raises(SteerError, match="no consumer 'other'; this engine has acts, torn"):
+        generate(kept, [{"capture": {"to": "other"}}], [engines.PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"consumer": "nowhere"}, "no capture consumer is named 'nowhere'; there are callback, files"),
+        ({"consumer": "files", "options": {"root": "{root}", "speed": 3}}, "does not take these options"),
+        ({"consumer": "files", "options": {"root": "{root}/file/rows"}}, "no folder"),
+    ],
+)
+def test_consumers_that_cannot_be_stop_the_start(given: Any, why: str, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    consumers = {"acts": json.loads(json.dumps(given).replace("{root}", str(tmp_path)))}
+    with pytest.raises(SteerError, match=why):
+        engines.engine(engines.saved("llama", models), SPEC, consumers=consumers)
 
 
 def test_a_request_that_never_ran_names_no_file(models: Path, folder: Path) -> None:

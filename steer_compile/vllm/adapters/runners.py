@@ -11,8 +11,11 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from steer_compile.capture.consumer import Meta
+from steer_compile.capture.plain import spec_digest
 from steer_compile.dynamic.controller import Controller
 from steer_compile.errors import LoweringError, NotSteered
+from steer_compile.vllm.capture_consumers import Consumers
 from steer_compile.vllm.capture_files import Writer
 from steer_compile.vllm.capture_requests import CaptureRequest
 from steer_compile.vllm.captures import Captures, Room
@@ -83,7 +86,7 @@ class Live:
 
 
 _LIVE: WeakKeyDictionary[Any, Live] = WeakKeyDictionary()
-_ANNOUNCED: dict[int, tuple[SteeredModel, Settings, tuple[Controller, ...]]] = {}
+_ANNOUNCED: dict[int, tuple[SteeredModel, Settings, tuple[Controller, ...], Consumers | None]] = {}
 
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -99,6 +102,7 @@ def building(
 
     Raises:
         LoweringError: the module is not loaded, or its runner lacks a method. SpecError: a controller that cannot be.
+        SpecError, UnknownName, CaptureError: a consumer that cannot be made.
     """
     if module not in sys.modules:
         raise LoweringError(f"the model is built outside of {module}, and nothing would write the rows of its tokens")
@@ -111,7 +115,8 @@ def building(
         for name, wrapper in wrappers.items():
             setattr(runner, name, wrapper(vars(runner)[name]))
         _wrapped.append(runner)
-    _ANNOUNCED[id(config)] = steered, settings, loaded(settings.controllers)
+    consumers = _consumers(settings, str(config.model_config.model))
+    _ANNOUNCED[id(config)] = steered, settings, loaded(settings.controllers), consumers
 
 
 def live_of(runner: Any) -> Live | None:
@@ -147,15 +152,30 @@ def _executed(original: Callable[..., Any]) -> Callable[..., Any]:
     return execute_model
 
 
-def _made(steered: SteeredModel, settings: Settings, controllers: tuple[Controller, ...]) -> Live:
+def _consumers(settings: Settings, model: str) -> Consumers | None:
+    """What takes captured rows in this process, None where none are kept: the first tensor parallel rank keeps them.
+
+    Raises:
+        SpecError, UnknownName, CaptureError: a consumer that cannot be made.
+    """
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
+    kept = settings.capture_dir or settings.consumers
+    if not (settings.spec.capture and kept and get_tensor_model_parallel_rank() == 0):
+        return None
+    stages = get_pp_group()
+    stage = stages.rank_in_group if stages.world_size > 1 else None
+    return Consumers(settings.consumers, Meta(model, spec_digest(settings.spec)), stage)
+
+
+def _made(
+    steered: SteeredModel, settings: Settings, controllers: tuple[Controller, ...], consumers: Consumers | None
+) -> Live:
     live = Live(RequestRows(steered.registry))
     if settings.dynamic:
         live.dynamic = RequestDynamics(steered.registry, live.rows, controllers)
-    if settings.spec.capture and settings.capture_dir and get_tensor_model_parallel_rank() == 0:
+    if consumers is not None:
         room = Room(settings.capture_bytes)
-        stages = get_pp_group()
-        writer = Writer(settings.capture_dir, room, stages.rank_in_group if stages.world_size > 1 else None)
+        writer = Writer(settings.capture_dir, room, consumers)
         live.captures, live.writer = Captures(steered.registry.tables, room), writer
     return live

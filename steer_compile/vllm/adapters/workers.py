@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.worker.worker_base import WorkerBase
 
 from steer_compile.vllm.adapters.runners import live_of
+from steer_compile.vllm.capture_files import RESULT
 from steer_compile.vllm.site_data import Former, read
 from steer_compile.vllm.transport import received
 
@@ -24,7 +25,7 @@ def install() -> None:
     """Add the methods."""
     for name, method in {
         SET_EVERYONE: set_everyone, STATE: state, SET_SITES: set_sites, RESTORE_SITES: restore_sites,
-        DYNAMIC: dynamic, SUBMIT: submit, RENAME: rename,
+        DYNAMIC: dynamic, SUBMIT: submit, RENAME: rename, RESULT: capture_result,
     }.items():  # fmt: skip
         setattr(WorkerBase, name, method)
 
@@ -62,6 +63,12 @@ def dynamic(self: Any) -> dict[str, Any]:
     """Status of dynamic steering, {} where the engine has none. It reads numbers of the host and waits for nothing."""
     live = live_of(self.model_runner)
     return {} if live is None or live.dynamic is None else live.dynamic.status()
+
+
+def capture_result(self: Any, consumer: str, name: str) -> dict[str, str]:
+    """What became of a request's rows in a consumer, {} in a worker that has no consumers."""
+    live = live_of(self.model_runner)
+    return {} if live is None or live.writer is None else live.writer.consumers.results(consumer, name)
 
 
 def submit(self: Any, actions: list[dict[str, Any]], sets: dict[str, Any]) -> list[bool]:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from itertools import count
 from typing import Any, Self
 
-from steer_compile.errors import NotSteered
+from steer_compile.errors import NotSteered, UnknownName
 from steer_compile.vllm.adapters.intake import front_end_of
 from steer_compile.vllm.adapters.workers import (
     DYNAMIC,
@@ -18,6 +18,7 @@ from steer_compile.vllm.adapters.workers import (
     STATE,
     SUBMIT,
 )
+from steer_compile.vllm.capture_files import RESULT, worst
 from steer_compile.vllm.frontend import Everyone, FrontEnd, digests_of
 from steer_compile.vllm.site_data import read
 from steer_compile.vllm.transport import sent, sent_sets
@@ -105,6 +106,18 @@ class Engine:
                 return True
             await asyncio.sleep(_PAUSE)
         return False
+
+    async def capture_result(self, consumer: str, name: str) -> dict[str, str]:
+        """What became of a request's rows in a consumer, as `capture_files.capture_result`.
+
+        Raises:
+            UnknownName: no such consumer.
+        """
+        names = [spec.name for spec in self.front.settings.consumers]
+        if consumer not in names:
+            raise UnknownName(f"no consumer {consumer!r:.80}; this engine has {', '.join(names) or 'none'}")
+        answers = await self._client.collective_rpc(RESULT, args=(consumer, name))
+        return worst([answer for answer in answers if answer])
 
     # -- dynamic steering -----------------------------------------------------------------------------------------
 

@@ -258,7 +258,11 @@ async def dynamic_metrics(request: Request) -> Response:
 
 
 async def capture(request: Request) -> Response:
-    """The safetensors file of a request's captured rows, by the name that came with its output."""
+    """The safetensors file of a request's captured rows, by the name that came with its output; with ``?to=CONSUMER``
+    what became of them there."""
+    to = request.query_params.get("to")
+    if to is not None:
+        return JSONResponse(await _engine(request).capture_result(to, request.path_params["name"]))
     paths = _capture_files(request)
     size = sum(path.stat().st_size for path in paths)
     if size > MOST_CAPTURE:
