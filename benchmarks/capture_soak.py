@@ -68,7 +68,7 @@ class Load:
 
 def trim(folder: Path) -> None:
     """Remove old shards: the disk need not hold all."""
-    for path in sorted(folder.glob("*"))[:-4]:
+    for path in sorted(folder.glob("soak-*"))[:-4]:
         path.unlink(missing_ok=True)
 
 
