@@ -1,6 +1,6 @@
 """Whether host memory stays flat over many steps of a pipeline that writes sharded files.
 
-python -m benchmarks.capture_soak --steps 10000        # results/capture_soak.csv, results/summary.json
+python -m benchmarks.capture_soak --steps 20000        # results/capture_soak.csv, results/summary.json
 
 Requests of other lengths come and go, so that each step has rows of many. Resident memory is read after a warm-up of a
 tenth of the steps, and a line is fitted through it.
@@ -68,7 +68,7 @@ class Load:
 
 def trim(folder: Path) -> None:
     """Remove old shards: the disk need not hold all."""
-    for path in sorted(folder.glob("*"))[:-4]:
+    for path in sorted(folder.glob("soak-*"))[:-4]:
         path.unlink(missing_ok=True)
 
 
@@ -76,7 +76,7 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]
     """Memory by step, and the status of the pipeline in the end."""
     samples: list[dict[str, Any]] = []
     consumers = {"files": make_consumer("files", root=folder, layout="sharded", shard_bytes=64 << 20)}
-    limits = Limits(ring_bytes=32 << 20, queue_bytes=32 << 20)
+    limits = Limits(ring_bytes=32 << 20, queue_bytes=32 << 20, results=256)
     every = max(1, options.steps // 200)
     begun = time.perf_counter()
     with Pipeline(consumers, limits=limits) as pipeline:
@@ -101,7 +101,7 @@ def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--width", type=int, default=1024)

@@ -3,7 +3,8 @@
 python -m benchmarks.capture_writer --folder /tmp      # results/capture_writer.csv, results/summary.json
 
 Each round writes the same bytes in every way of a group, one after the other and in an order drawn by lot, to the same
-folder. The time ends when fsync has returned.
+folder. The time ends when fsync has returned. Where the kernel holds a plain write back now and then, as its pages
+become dirty faster than the disk takes them, the second claim compares with plain writes that were not held back.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ def rows_and_claims(
             )
             name = f"speed of captured rows to disk, {way}, {options.sites} sites of {options.width} bf16"
             claims.append(records.claim(name, goal, share.median, "% of a plain write with fsync", spread=text))
+            fast = f"{name}, against the upper quartile of plain writes"
+            claims.append(records.claim(fast, goal, 100 * speed.median / base.high, "% of it", spread=text))
     return table, claims
 
 
