@@ -90,22 +90,15 @@ class Pipeline:
             self._require_open()
             self._intake.put(Event("began", self._ledger.begin(Began(request, tag, meta))))
 
-    def end(self, request: str) -> None:
-        """No more rows of a request come.
+    def end(self, request: str, lost: int = 0) -> None:
+        """No more rows of a request come. ``lost``: rows that its host had no room for, which make it ``partial``.
 
         Raises:
             UnknownName: it has not begun, or has ended.
         """
         with self._lock:
+            self._ledger.drop(self._ledger.open(request), lost)
             self._intake.put(Event("ended", self._ledger.end(request)))
-
-    def lost(self, request: str, rows: int) -> None:
-        """Count rows of a request that its host had no room for: the result is ``partial``.
-
-        Raises:
-            UnknownName: it has not begun, or has ended.
-        """
-        self._ledger.drop(self._ledger.open(request), rows)
 
     def abort(self, request: str, text: str) -> None:
         """Give a request up: its result is an error with this text, and consumers forget what they have of it.

@@ -95,9 +95,7 @@ class Consumers:
         for step in torch.unique_consecutive(steps).tolist():
             rows = numbers[(steps == step).numpy()]
             pipeline.submit(StepRows((name,), np.zeros(len(rows), np.int32), rows, step), positions, found, ids)
-        if kept.dropped:
-            pipeline.lost(name, kept.dropped)
-        pipeline.end(name)
+        pipeline.end(name, kept.dropped)
 
     def results(self, consumer: str, name: str) -> dict[str, str]:
         """``status``, ``text`` and ``place`` of a request's rows in a consumer; a pending one is asked to publish.
