@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steer_compile import SteerSpec
-from steer_compile.errors import SteerError
+from steer_compile.errors import NotSteered, SteerError, UnknownName, VectorError
 from steer_compile.vllm.frontend import FrontEnd
 from steer_compile.vllm.model import Shape
 from steer_compile.vllm.settings import Settings
@@ -73,9 +73,33 @@ def test_what_an_engine_holds_after_a_change(name: str, monkeypatch: pytest.Monk
     engine = module.Engine(SimpleNamespace(**{n: getattr(client, n) for n in
                            ("is_sleeping", "reset_prefix_cache", "collective_rpc")}), front)  # fmt: skip
     if refused:
-        with pytest.raises(SteerError, match=refused):
+        with pytest.raises(module.Unavailable, match=refused):
             asyncio.run(engine.set_global(GIVEN))
     else:
         assert asyncio.run(engine.set_global(GIVEN))["prefill"]
     assert client.held == held
     assert any(front.status()["global"].values()) is not bool(refused)
+
+
+def test_refusals_have_a_status_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400: what was asked for; 404: a name; 500: ranks differ; 503: the engine could not, now."""
+    from steer_compile.vllm.server import plugin
+    from steer_compile.vllm.server.engine import Diverged, Unavailable
+
+    raised: list[SteerError] = []
+
+    async def answer(request: Any) -> Any:
+        raise raised[-1]
+
+    engine = SimpleNamespace(check_changes=lambda: None)
+    request: Any = SimpleNamespace(headers={"X-Steering-Key": "k"}, app=SimpleNamespace(state=SimpleNamespace()))
+    request.app.state.steering = engine
+    monkeypatch.setenv(plugin.KEY_VARIABLE, "k")
+    route = plugin.answered(answer, True, True)
+    found = []
+    for kind in (VectorError, NotSteered, UnknownName, Diverged, Unavailable):
+        raised.append(kind("as it is"))
+        found.append(asyncio.run(route(request)).status_code)
+    request.headers = {}
+    found.append(asyncio.run(route(request)).status_code)
+    assert found == [400, 400, 404, 500, 503, 401]

@@ -148,6 +148,19 @@ def test_overrides_end_with_requests(how: str) -> None:
     assert world.step(("a", 0, 3), ("a", 6, 1))[:3] == [OWN] * 3  # prompt tokens read their own row, whatever is routed
 
 
+def test_a_request_that_is_preempted_and_ends_in_one_step_gives_its_rows_back_once() -> None:
+    world = World({1: [SetOverride("a", unit(1)), SetOverride("b", unit(2))]})
+    for name in "ab":
+        world.begin(name, BASE)  # which share their rows
+    world.step(("a", 0, 3), ("b", 0, 3))
+    world.step(("a", 3, 1), ("b", 3, 1))
+    world.end(finished=["a"], preempted=["a"])
+    assert (world.rows.state()["rows_in_use"], world.host.status()["overrides"]["in_use"]) == (2, 1)
+    assert world.step(("b", 4, 1)) == [[0.0, 0.0, 1.0, 0.0]]
+    world.end(finished=["b", "a"])
+    assert (world.rows.state()["rows_in_use"], world.host.status()["overrides"]["in_use"]) == (0, 0)
+
+
 def test_a_request_in_prefill_or_unknown_gets_none() -> None:
     world = World({1: [SetOverride("a", unit(1)), SetOverride("z", unit(1))]})
     world.begin("a")
