@@ -38,6 +38,7 @@ def check(model: Any, backend: Any, run: Any, *batches: Tensor) -> None:
 # -- inner compilers and options --------------------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(5, 33)
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_idle_is_bit_equal_to_the_model_without_the_backend(inner: str) -> None:
     model, ids = toy(), tokens()
@@ -341,6 +342,7 @@ def test_a_copy_of_a_compiled_model_is_not_steered_with_it() -> None:
     close(logits(run, ids), steered_eager(model, ids))
 
 
+@pytest.mark.behaviour(43)
 def test_threads_register_while_the_model_runs() -> None:
     model, ids = toy(), tokens()
     backend = steer_backend(spec("post_block", rows=10), inner="eager")

@@ -30,7 +30,8 @@ def clamps(*rows: list[tuple[int, float, float, float]]) -> dict[str, Any]:
 
 
 def on(value: Tensor, axis: int) -> Tensor:
-    return value.double() @ AXES[axis].double()
+    projection: Tensor = value.double() @ AXES[axis].double()
+    return projection
 
 
 @pytest.mark.behaviour(21)
@@ -79,7 +80,8 @@ def test_clamps_at_right_angles_are_independent_and_rows_have_their_own(op: Any)
     close(on(both[[2, 4]], 0), on(H[[2, 4]], 0))
     assert torch.equal(both[0], H[0])
     padded = clamps([(0, 1.0, 1.0, 1.0)])
-    alone = {"rows": ROWS, "clamp": padded["clamp"][::2].contiguous(), "clamp_set": padded["clamp_set"][::2], "clamps": 1}
+    parts = {name: padded[name][::2].contiguous() for name in ("clamp", "clamp_set")}
+    alone = {**padded, **parts, "clamps": 1}
     close(op(H, **padded), op(H, **alone).double(), 1e-6)  # a place without a clamp does nothing
 
 

@@ -58,7 +58,7 @@ def test_changes_in_place_are_seen_by_the_next_call_of_the_same_graph() -> None:
     assert (len(backend.plans), runtime.tables.view("table", ("post_block", 0)).data_ptr()) == (1, address)
 
 
-def calls_of(*given: SteerSpec) -> list[str]:
+def calls_of(given: SteerSpec | None = None) -> list[str]:
     """Calls and buffers in the graph that the inner compiler gets, with a spec or without the backend."""
     found: list[str] = []
 
@@ -67,7 +67,7 @@ def calls_of(*given: SteerSpec) -> list[str]:
         return gm.forward
 
     torch.compiler.reset()
-    backend = steer_backend(*given, inner=inner) if given else inner
+    backend = inner if given is None else steer_backend(given, inner=inner)
     logits(compiled(toy(), backend, fullgraph=True), tokens())
     return found
 
@@ -119,7 +119,8 @@ def test_clamps_hold_the_sum_that_the_block_hands_on_behind_what_is_added() -> N
 
     def edit(h: Tensor) -> Tensor:
         x = h + AT["post_block", 0]
-        return x + (0.75 - x @ v).unsqueeze(-1) * v
+        held: Tensor = x + (0.75 - x @ v).unsqueeze(-1) * v
+        return held
 
     with edited(model, {("post_block", 0): edit}):
         close(got, logits(model, ids))

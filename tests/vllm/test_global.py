@@ -61,6 +61,7 @@ CASES = {
 }
 
 
+@pytest.mark.behaviour(80)
 @pytest.mark.parametrize("name", CASES)
 def test_what_an_engine_holds_after_a_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer_compile.vllm.server import engine as module
@@ -81,6 +82,7 @@ def test_what_an_engine_holds_after_a_change(name: str, monkeypatch: pytest.Monk
     assert any(front.status()["global"].values()) is not bool(refused)
 
 
+@pytest.mark.behaviour(80, 81)
 def test_refusals_have_a_status_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """400: what was asked for; 404: a name; 500: ranks differ; 503: the engine could not, now."""
     from steer_compile.vllm.server import plugin
@@ -96,10 +98,13 @@ def test_refusals_have_a_status_of_their_kind(monkeypatch: pytest.MonkeyPatch) -
     request.app.state.steering = engine
     monkeypatch.setenv(plugin.KEY_VARIABLE, "k")
     route = plugin.answered(answer, True, True)
-    found = []
-    for kind in (VectorError, NotSteered, UnknownName, Diverged, Unavailable):
+
+    async def status_of(kind: type[SteerError]) -> int:
         raised.append(kind("as it is"))
-        found.append(asyncio.run(route(request)).status_code)
+        answered: Any = await route(request)
+        return int(answered.status_code)
+
+    kinds = (VectorError, NotSteered, UnknownName, Diverged, Unavailable)
+    assert [asyncio.run(status_of(kind)) for kind in kinds] == [400, 400, 404, 500, 503]
     request.headers = {}
-    found.append(asyncio.run(route(request)).status_code)
-    assert found == [400, 400, 404, 500, 503, 401]
+    assert asyncio.run(status_of(SteerError)) == 401
