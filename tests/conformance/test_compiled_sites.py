@@ -34,6 +34,7 @@ def test_data_behind_the_last_token_are_not_read() -> None:
     tables.rows[count:] = other.rows["prefill"]
     tables.gain[count:], tables.decode[count:] = float("nan"), float("nan")
     assert torch.equal(logits(run, ids), found)
+    assert tables.rows[count:].tolist() == [other.rows["prefill"]] * (64 - count)  # nobody tidied up meanwhile
     with edited(model, adding(AT)):
         close(found[0], logits(model, ids)[0])
     close(found[1], logits(model, ids)[1])

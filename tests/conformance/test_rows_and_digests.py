@@ -33,7 +33,9 @@ def test_a_scale_alone_writes_no_table_and_goes_with_its_owner(monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(world.registry.tables, "put", lambda *given: written.append(given))
         assert apply(world, SetScale(3.0, "a"), SetScale(2.0)) == ["", ""]
-    assert written == []
+        assert written == []
+        world.registry.set_global()
+        assert written  # as what changes vectors does
     assert all(torch.equal(a, b) for a, b in zip(snapshot(world), before, strict=True))
     assert world.of("a") == [3, 0, 0, 0]
     world.dynamic.finish(["a"])

@@ -90,6 +90,7 @@ def test_it_changes_exactly_when_a_part_does(path: list[tuple[str, int]]) -> Non
         signature = world.dynamic.signature("a")
         assert seen.setdefault(meaning(state), signature) == signature
         assert len(set(seen.values())) == len(seen)
+        assert not signature or signature != world.admitted("a").digest()
 
 
 @pytest.mark.behaviour(59)

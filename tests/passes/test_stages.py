@@ -138,7 +138,6 @@ MODELS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.behaviour(35)
 @MODELS
 @pytest.mark.parametrize("cut", CUTS)
 def test_stages_steer_as_the_whole_model_does(cut: str, options: dict[str, Any]) -> None:

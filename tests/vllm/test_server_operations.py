@@ -116,6 +116,7 @@ BAD = {
     "another width": file_of(1, width=8),
     "another name": save({"weights": vector(1)}),
     "cut": file_of(1)[:40],
+    "no number": save({"layers.1.post_block": torch.full((engines.WIDTH,), float("nan"))}),
 }
 
 
