@@ -40,6 +40,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.behaviour(35)
 @pytest.mark.parametrize("name", MODELS)
 def test_steering_equals_forward_hooks_at_every_hook(name: str) -> None:
     model, ids = MODELS[name](), tokens()
@@ -75,6 +76,7 @@ def test_edits_at_all_hooks_at_once(name: str) -> None:
         close(logits(run, ids), expected, 1e-4)
 
 
+@pytest.mark.behaviour(32, 35)
 @pytest.mark.parametrize("name", MODELS)
 def test_captures_are_the_values_that_forward_hooks_see(name: str) -> None:
     model, ids = MODELS[name](), tokens()
@@ -96,6 +98,7 @@ def test_captures_are_the_values_that_forward_hooks_see(name: str) -> None:
         close(log["post_block", 0], states[1])
 
 
+@pytest.mark.behaviour(34)
 def test_a_capture_is_the_value_in_front_of_the_steer_at_its_own_hook() -> None:
     model, ids = toy(), tokens()
     backend = steer_backend(SteerSpec(steer=STREAM, capture=(*STREAM, "attn_in"), max_tokens=32), inner="aot_eager")
@@ -174,6 +177,7 @@ def test_an_fp64_stream_keeps_its_digits() -> None:
         close(logits(run, ids), expected, 1e-12)
 
 
+@pytest.mark.behaviour(2)
 def test_rows_of_a_mixed_batch() -> None:
     model, ids = toy(), tokens(5)
     backend = steer_backend(spec("post_block", "attn_out"), inner="aot_eager")

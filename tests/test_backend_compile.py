@@ -38,14 +38,22 @@ def check(model: Any, backend: Any, run: Any, *batches: Tensor) -> None:
 # -- inner compilers and options --------------------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(5, 33)
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_idle_is_bit_equal_to_the_model_without_the_backend(inner: str) -> None:
     model, ids = toy(), tokens()
     plain = logits(compiled(model, inner), ids)
     torch.compiler.reset()
-    backend = steer_backend(spec("post_block", "attn_out", capture="post_attn"), inner=inner)
+    stored = ("post_attn", "post_block")
+    backend = steer_backend(spec("post_block", "attn_out", capture=stored), inner=inner)
     run = compiled(model, backend, fullgraph=True)
     assert torch.equal(logits(run, ids), plain)
+    with eager_values(model, *stored) as seen:
+        logits(model, ids)
+    with backend.runtime.capture() as log:
+        logits(run, ids)
+    for site, (value,) in seen.items():  # nothing reads what is stored, and it is stored
+        close(log[site], value)
     check(model, backend, run, ids)
     with backend.runtime.steer({("post_block", 0): torch.zeros(WIDTH)}):
         assert torch.equal(logits(run, ids), plain)
@@ -334,6 +342,7 @@ def test_a_copy_of_a_compiled_model_is_not_steered_with_it() -> None:
     close(logits(run, ids), steered_eager(model, ids))
 
 
+@pytest.mark.behaviour(43)
 def test_threads_register_while_the_model_runs() -> None:
     model, ids = toy(), tokens()
     backend = steer_backend(spec("post_block", rows=10), inner="eager")

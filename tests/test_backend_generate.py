@@ -46,6 +46,7 @@ def same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(got[0], expected[0])
 
 
+@pytest.mark.behaviour(49)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_vectors_for_the_prompt_and_for_what_is_generated(cache: str) -> None:
     zero, eager, ids = torch.zeros(32), llama(), tokens(2, PROMPT)
@@ -74,6 +75,7 @@ def test_vectors_for_the_prompt_and_for_what_is_generated(cache: str) -> None:
     assert not torch.allclose(outputs[0][:, 0], plain[1][:, 0], atol=1e-2)
 
 
+@pytest.mark.behaviour(6, 40, 54, 83)
 def test_global_and_request_tiers_add() -> None:
     """Effective vectors: base and phase of the global tiers, then base and phase of the request's."""
     eager, ids = llama(), tokens(3, PROMPT)

@@ -92,6 +92,7 @@ def make(given: SteerSpec, inner: str = "eager") -> tuple[Any, Any, Any]:
     return model, backend.runtime, _models.compiled(model, backend)
 
 
+@pytest.mark.behaviour(18)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_monitor_gates_its_site_and_those_behind(kind: str, decode: bool) -> None:
@@ -105,6 +106,7 @@ def test_a_monitor_gates_its_site_and_those_behind(kind: str, decode: bool) -> N
         torch.testing.assert_close(log[site], value, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.behaviour(70)
 def test_detection_moves_later_layers_of_the_same_call_and_none_before() -> None:
     _, runtime, steered = make(spec("add"))
     seen = []
@@ -117,6 +119,7 @@ def test_detection_moves_later_layers_of_the_same_call_and_none_before() -> None
     assert same == [True, True, False, False]  # values are pristine, so the second block's own shows behind it
 
 
+@pytest.mark.behaviour(8)
 def test_several_monitors_multiply_and_guard_tier_and_clamps() -> None:
     model, runtime, steered = make(spec("add", "tier", "clamp", clamps=1))
     monitors = {AT: Monitor(direction(1), 0.2, 0.7, clamps=True), ("post_block", 2): Monitor(direction(2), 0.0, 0.4,
@@ -133,6 +136,7 @@ def test_several_monitors_multiply_and_guard_tier_and_clamps() -> None:
     torch.testing.assert_close(found, oracle.logits(ids, True), atol=3e-5, rtol=3e-5)
 
 
+@pytest.mark.behaviour(19)
 def test_monitors_of_rows_gate_their_own_requests() -> None:
     model, runtime, steered = make(spec("add", detect=("row_monitor",)))
     ids = _models.tokens(3)
@@ -224,6 +228,7 @@ def test_scores_without_steering_change_nothing_and_need_no_recompile(cross: boo
     assert len(backend.plans) == 1
 
 
+@pytest.mark.behaviour(18)
 def test_what_prompts_compute_is_not_touched_by_scores_that_are_not_finite() -> None:
     model, runtime, steered = make(spec("add"))
     runtime.set_monitor(AT, Monitor(direction(1) * 1e30, 0.0, 1e30, kind="line", low=float("-inf"),
@@ -234,6 +239,7 @@ def test_what_prompts_compute_is_not_touched_by_scores_that_are_not_finite() -> 
     torch.testing.assert_close(found, Oracle(model, VECTORS).logits(ids, False), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.behaviour(20)
 def test_across_hooks_and_under_inductor() -> None:
     hooks = [
         HookSelection("post_attn", [1], ("monitor",)),

@@ -61,6 +61,7 @@ def test_compiled_steering_equals_the_toys_own_edit(name: str) -> None:
     torch.testing.assert_close(steered, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.behaviour(50)
 @pytest.mark.parametrize("name", ["prenorm_layernorm", "postnorm", "inplace_method", "deferred"])
 def test_after_the_steer_context_the_model_is_idle_again(name: str) -> None:
     toy = make(name)

@@ -47,6 +47,7 @@ TYPES = {
 }
 
 
+@pytest.mark.behaviour(83)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_type_passes_every_column(model_type: str) -> None:
     record = check_type(model_type)

@@ -227,6 +227,7 @@ def test_names_of_controllers() -> None:
         Decision(latch="ever")
 
 
+@pytest.mark.behaviour(71)
 @given(
     st.integers(1, 4),
     st.integers(1, 60),

@@ -83,6 +83,7 @@ REFUSED: list[tuple[Any, type[SteerError], str]] = [
 ]
 
 
+@pytest.mark.behaviour(71)
 @pytest.mark.parametrize(("given", "kind", "text"), REFUSED, ids=[text for _, _, text in REFUSED])
 def test_gates_that_cannot_be_are_refused(given: Any, kind: type[SteerError], text: str) -> None:
     world = World()
@@ -106,6 +107,7 @@ def test_gates_are_the_same_in_json_and_packed() -> None:
     assert gates_from_data(gates_from_data(plain)) == gates_from_data(plain)
 
 
+@pytest.mark.behaviour(71)
 def test_what_always_holds_is_there_from_the_first_decoded_token_on() -> None:
     world = World()
     world.own["a"] = contents(unit(0, 4.0))
@@ -133,6 +135,7 @@ def test_a_probe_of_this_token_goes_into_the_row() -> None:
     assert world.line(row) == [0, 1, 0, 0]
 
 
+@pytest.mark.behaviour(71)
 def test_a_pulse_is_for_one_step() -> None:
     world = World()
     world.dynamic.gate("a", [gate("next_step", WHEN)])
@@ -143,6 +146,7 @@ def test_a_pulse_is_for_one_step() -> None:
     assert shown == [0, 1, 1, 0, 0, 1]
 
 
+@pytest.mark.behaviour(71)
 def test_the_rest_of_a_request_latches_and_ends_with_it() -> None:
     world = World()
     world.dynamic.gate(
@@ -163,6 +167,7 @@ def test_the_rest_of_a_request_latches_and_ends_with_it() -> None:
     assert of(world) == [0] * 4
 
 
+@pytest.mark.behaviour(71)
 def test_the_rest_of_a_conversation_latches_by_name_and_notices_a_changed_set() -> None:
     world = World(overrides=3)
     world.phases |= dict.fromkeys(("a@x", "b@x", "c@y", "d@x", "e@x"), "decode")
@@ -198,6 +203,7 @@ def test_a_set_that_changes_before_its_gate_fires_is_noticed() -> None:
     assert world.dynamic.status()["gates"]["changed_sets"] == 1
 
 
+@pytest.mark.behaviour(71)
 def test_conversations_are_bounded() -> None:
     world = World(overrides=1)
     gates = DeclarativeGates(world.registry, Latches(2))
@@ -212,6 +218,7 @@ def test_conversations_are_bounded() -> None:
     assert gates.status()["evicted"] == 1
 
 
+@pytest.mark.behaviour(67)
 def test_gates_yield_to_the_operator() -> None:
     world = World()
     world.dynamic.gate("a", [gate()])

@@ -70,6 +70,7 @@ def run(path: list[tuple[int, Action]], source: str = "operator") -> str:
     return world.dynamic.journal.checksum
 
 
+@pytest.mark.behaviour(69)
 def test_the_checksum_says_what_was_applied_when_and_in_which_order() -> None:
     first, second = SetOverride("a", unit(0)), SetOverride("b", unit(1))
     base = [(0, first), (0, second)]
@@ -121,6 +122,7 @@ for step in range(50):
 """
 
 
+@pytest.mark.behaviour(61, 69)
 def test_ranks_agree_and_a_divergence_shows() -> None:
     environment = {**os.environ, "PYTHONPATH": str(_tree.ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [

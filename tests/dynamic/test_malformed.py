@@ -5,6 +5,7 @@ import math
 from contextlib import suppress
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +70,7 @@ def damaged(draw: st.DrawFn, good: list[Any]) -> Any:
     return data
 
 
+@pytest.mark.behaviour(63)
 @settings(max_examples=300, deadline=None)
 @given(st.lists(damaged(GOOD) | odd, min_size=1, max_size=4))
 @example([{"kind": ["set_tier"]}])

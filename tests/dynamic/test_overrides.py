@@ -26,6 +26,7 @@ def state(world: World) -> Any:
     return pool, dict(world.routes), lines, world.line(2), (sites.tier, sites.gain, dict(sites.monitors))
 
 
+@pytest.mark.behaviour(65)
 def test_an_override_replaces_what_a_request_brought_and_keeps_what_everyone_gets() -> None:
     world = World()
     world.registry.set_global(decode=unit(3))
@@ -40,6 +41,7 @@ def test_an_override_replaces_what_a_request_brought_and_keeps_what_everyone_get
     assert world.routes == {}
 
 
+@pytest.mark.behaviour(67)
 def test_an_override_composes_with_what_a_request_brought() -> None:
     world = World()
     world.own["a"] = contents(unit(1), 3.0)
@@ -47,6 +49,7 @@ def test_an_override_composes_with_what_a_request_brought() -> None:
     assert world.of("a") == [1, 1.5, 0, 0]
 
 
+@pytest.mark.behaviour(47)
 def test_named_sets_of_an_override_are_those_of_the_moment() -> None:
     world = World()
     first = world.registry.register_vectors("calm", unit(0))
@@ -60,6 +63,7 @@ def test_named_sets_of_an_override_are_those_of_the_moment() -> None:
     assert world.of("a") == [1, 0, 0, 0]
 
 
+@pytest.mark.behaviour(65)
 def test_numbers_rise_and_stay_while_an_override_is_replaced() -> None:
     world = World()
     apply(world, SetOverride("a", unit(0)), SetOverride("b", unit(1)))
@@ -106,6 +110,7 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.behaviour(62, 63, 65)
 @pytest.mark.parametrize(("given", "text"), REFUSED, ids=[text for _, text in REFUSED])
 def test_a_bad_action_is_rejected_with_its_reason_and_the_others_apply(given: Any, text: str) -> None:
     world = World()
@@ -126,12 +131,14 @@ def test_a_bad_action_is_rejected_with_its_reason_and_the_others_apply(given: An
     assert text in world.dynamic.status()["rejections"][-1]["reason"]
 
 
+@pytest.mark.behaviour(65)
 def test_without_a_pool_an_override_is_rejected() -> None:
     world = World(overrides=0)
     (reason,) = apply(world, SetOverride("a", unit(0)))
     assert reason.startswith("the spec has no rows for overrides; give SteerSpec(overrides=...)")
 
 
+@pytest.mark.behaviour(45)
 def test_scales() -> None:
     world = World()
     world.registry.set_global(decode=unit(0))
@@ -148,6 +155,7 @@ def test_scales() -> None:
     assert not world.registry.tables.scale[:2].ne(1.0).any()  # nothing, and prompts
 
 
+@pytest.mark.behaviour(68)
 def test_a_group_applies_as_a_whole_or_not_at_all() -> None:
     world = World()
     apply(world, SetOverride("b", unit(3)), SetMonitor(SITE, Monitor([1.0] * 4)))
@@ -161,6 +169,7 @@ def test_a_group_applies_as_a_whole_or_not_at_all() -> None:
     assert apply(world, *good, group="h") == [""] * len(good)
 
 
+@pytest.mark.behaviour(67)
 def test_what_a_request_declared_yields_to_the_operator() -> None:
     world = World()
     assert apply(world, SetOverride("a", unit(0)), source="declarative") == [""]
@@ -174,6 +183,7 @@ def test_what_a_request_declared_yields_to_the_operator() -> None:
         assert reason.startswith("a request's own gates change nothing of other requests")
 
 
+@pytest.mark.behaviour(68)
 def test_a_declared_override_goes_with_its_monitor() -> None:
     world = World()
     pair = [SetOverride("a", unit(0)), SetMonitor(SITE, Monitor([1.0]))]
@@ -182,6 +192,7 @@ def test_a_declared_override_goes_with_its_monitor() -> None:
     assert apply(world, SetOverride("b", unit(0)), source="declarative", group="b") == [""]
 
 
+@pytest.mark.behaviour(65)
 def test_overrides_end_with_their_requests() -> None:
     world = World()
     apply(world, SetOverride("a", unit(0)), SetOverride("b", unit(1)))
@@ -193,6 +204,7 @@ def test_overrides_end_with_their_requests() -> None:
     assert world.of("c") == [0, 0, 1, 0]
 
 
+@pytest.mark.behaviour(46)
 def test_a_row_that_another_request_had_begins_anew() -> None:
     world = World(overrides=1)
     full = SetOverride(

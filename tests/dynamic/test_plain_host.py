@@ -70,6 +70,7 @@ def different(a: list[Tensor], b: list[Tensor]) -> list[list[int]]:
     return [[i for i in range(len(x)) if not torch.equal(x[i], y[i])] for x, y in zip(a, b, strict=True)]
 
 
+@pytest.mark.behaviour(64)
 def test_an_action_acts_from_the_next_step_on_and_for_its_request_alone() -> None:
     backend = backend_of()
     model, dynamic = compiled(backend), backend.runtime.dynamic
@@ -91,6 +92,7 @@ def test_what_is_asked_behind_the_prompt_acts_on_the_first_decoded_token() -> No
     assert different(plain, logits_of(model, backend)) == [[], [0], [0], [0], [0]]
 
 
+@pytest.mark.behaviour(67)
 def test_an_override_equals_the_configuration_that_it_stands_for() -> None:
     backend = backend_of()
     model, dynamic = compiled(backend), backend.runtime.dynamic
@@ -286,6 +288,7 @@ def test_a_request_that_goes_back_to_its_prompt_loses_its_override_and_gets_it_a
     assert dynamic.status()["actions"]["rejected"] == {}
 
 
+@pytest.mark.behaviour(70)
 def test_gates_in_a_compiled_model() -> None:
     backend = backend_of(ops=("add", "row_monitor"))
     model, dynamic = compiled(backend), backend.runtime.dynamic

@@ -15,6 +15,7 @@ from steer_compile.errors import SpecError
 from tests.dynamic._world import World, unit
 
 
+@pytest.mark.behaviour(62)
 @given(capacity=st.integers(1, 5), submits=st.lists(st.integers(0, 9), max_size=30), every=st.integers(1, 8))
 def test_what_is_drained_is_what_had_room_in_order(capacity: int, submits: list[int], every: int) -> None:
     counts = Counts()
@@ -40,6 +41,7 @@ def test_several_are_taken_together_or_not_at_all() -> None:
     assert [(item.given.request, item.group) for item in queue.drain()] == [("a", "g"), ("b", "g")]  # type: ignore[attr-defined]
 
 
+@pytest.mark.behaviour(62)
 def test_submits_of_many_threads_arrive_while_the_steps_go_on() -> None:
     world = World(limits=Limits(queue=100_000))
     threads, each = 8, 300

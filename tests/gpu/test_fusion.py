@@ -47,6 +47,7 @@ def run(model: Any, lowering: str, inner: Any) -> tuple[SteerBackend, list[dict[
     return backend, found
 
 
+@pytest.mark.behaviour(13)
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "granite", "gpt2"])
 def test_fused_sites_of_any_shape_are_those_of_plain_operators(name: str) -> None:
     model = zoo.tiny_model(name).cuda()

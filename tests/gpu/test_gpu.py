@@ -100,6 +100,7 @@ def make(*capture: str, **options: Any) -> SteerBackend:
     return steer_backend(SteerSpec(steer=HOOKS, capture=capture, rows=16, max_tokens=128), **options)
 
 
+@pytest.mark.behaviour(5)
 @pytest.mark.parametrize("where", ["backend", "compile"])
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 16)])
 def test_replays_see_the_tables(model: Any, events: Any, where: str, shape: tuple[int, int]) -> None:
@@ -123,6 +124,7 @@ def test_idle_equals_the_plain_model(model: Any, events: Any) -> None:
     assert relative(idle, wide) <= 1.25 * relative(plain, wide)  # bit for bit they differ: see docs/performance.md
 
 
+@pytest.mark.behaviour(83)
 def test_each_sequence_has_its_own_row(model: Any, events: Any) -> None:
     backend, x = make(mode="reduce-overhead"), ids(4, 8)
     step = compiled(model, backend)
@@ -137,6 +139,7 @@ def test_each_sequence_has_its_own_row(model: Any, events: Any) -> None:
     assert not torch.equal(one[1], idle[1])
 
 
+@pytest.mark.behaviour(42)
 def test_scales_and_globals_change_between_replays(model: Any, events: Any) -> None:
     backend, x = make(mode="reduce-overhead"), ids(2, 8)
     step, runtime = compiled(model, backend), backend.runtime
@@ -157,6 +160,7 @@ def test_scales_and_globals_change_between_replays(model: Any, events: Any) -> N
     assert (events.compiled, events.recorded, events.without_graph, events.skipped) == (1, 1, 1, 0)
 
 
+@pytest.mark.behaviour(33)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 64)])
 def test_capture_is_the_value_before_the_steer(model: Any, events: Any, shape: tuple[int, int]) -> None:
     backend, x = make("pre_attn", "post_block", mode="reduce-overhead"), ids(*shape)

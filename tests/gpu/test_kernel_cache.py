@@ -90,6 +90,7 @@ def fill(tables: TableSet) -> None:
     tables.scale.fill_(0.5)
 
 
+@pytest.mark.behaviour(79)
 @pytest.mark.parametrize("name", SETUPS)
 def test_no_call_after_the_warm_up_compiles(name: str) -> None:
     from steer_compile.kernels.site import launch

@@ -99,6 +99,7 @@ FAMILIES = st.sets(st.sampled_from(["monitor", "row_monitor", "mlp", "memory", "
 )
 
 
+@pytest.mark.behaviour(16, 17)
 @given(st.integers(0, 9), st.integers(0, 10**6), FAMILIES)
 @settings(deadline=None)
 def test_detection_is_its_formula(tokens: int, seed: int, families: set[str]) -> None:

@@ -54,6 +54,7 @@ def largest_term(h: Tensor, table: Tensor, rows: Tensor, scale: Tensor) -> Tenso
     return torch.maximum(h.double().abs(), term)
 
 
+@pytest.mark.behaviour(12)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (1, 1), (0, 4), (2, 0)])
 def test_add_rows_rounds_the_exact_sum_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -66,6 +67,7 @@ def test_add_rows_rounds_the_exact_sum_once(dtype: torch.dtype, shape: tuple[int
         assert_rounded_once(got, add_rows_fp64(h, table, rows, scale), largest_term(h, table, rows, scale))
 
 
+@pytest.mark.behaviour(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_table_may_be_wider_than_the_stream(dtype: torch.dtype) -> None:
     h, table, rows, scale = inputs(dtype, 1, 4, 4)
@@ -85,6 +87,7 @@ def test_fp64_is_not_rounded_to_fp32() -> None:
     )
 
 
+@pytest.mark.behaviour(1)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_row_zero_changes_nothing(dtype: torch.dtype) -> None:
     h, table, rows, scale = inputs(dtype, 3, 4, 5)

@@ -68,6 +68,7 @@ def check(a: SiteArgs) -> None:
         assert bool(a.score[0, tokens:].isnan().all())
 
 
+@pytest.mark.behaviour(13)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("width", [64, 96, 1000])
@@ -76,6 +77,7 @@ def test_all_stages(dtype: torch.dtype, norm: str, width: int) -> None:
     check(site_args(5, width, dtype, norm=norm, device=DEVICE))
 
 
+@pytest.mark.behaviour(7, 17)
 @pytest.mark.parametrize("families", [(*FAMILIES, "gates"), (*FAMILIES, "gates", "score"), ("add", "gates"),
                                       ("add", "clamp", "gates"), ("monitor", "score"), ("tier", "gates"),
                                       ("row_monitor", "score", "branch")])  # fmt: skip
@@ -85,6 +87,7 @@ def test_gates_of_other_sites_and_scores(families: tuple[str, ...], width: int) 
     check(site_args(3, width, torch.float32, families, device=DEVICE))
 
 
+@pytest.mark.behaviour(13)
 @pytest.mark.parametrize("families", [c for n in (1, 2) for c in itertools.combinations(FAMILIES, n)])
 @pytest.mark.usefixtures("poisoned_empty")
 def test_each_stage_vanishes_alone(families: tuple[str, ...]) -> None:
@@ -97,6 +100,7 @@ def test_any_number_of_tokens(tokens: int) -> None:
     check(site_args(tokens, 80, torch.float16, device=DEVICE))
 
 
+@pytest.mark.behaviour(4)
 @pytest.mark.parametrize("table", DTYPES)
 def test_the_table_has_a_dtype_of_its_own(table: torch.dtype) -> None:
     check(site_args(3, 72, torch.bfloat16, table=table, device=DEVICE))
@@ -126,6 +130,7 @@ def test_a_broken_token_breaks_no_other() -> None:
         assert torch.equal(x[keep], y[keep])
 
 
+@pytest.mark.behaviour(1, 21)
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # a projection of 3e38, which is not used
 def test_neutral_rows_change_nothing() -> None:
     a = site_args(6, 40, torch.float32, ("add", "row_monitor", "clamp"), "", device=DEVICE)
@@ -142,6 +147,7 @@ def test_the_reference_is_the_formula(norm: str) -> None:
         assert_close(got, exact, torch.float32, 3.0)
 
 
+@pytest.mark.behaviour(33)
 def test_one_record_is_the_source_of_the_schema() -> None:
     schema = torch.ops.steer_compile.site.default._schema
     assert [a.name for a in schema.arguments] == [a.name for a in ARGUMENTS] + [name for name, _ in OPTIONS]
@@ -163,6 +169,7 @@ def test_opcheck(families: tuple[str, ...]) -> None:
     torch.library.opcheck(torch.ops.steer_compile.site.default, tuple(a))
 
 
+@pytest.mark.behaviour(10)
 @pytest.mark.parametrize("name", ["branch", "table", "tier", "probe_set", "rowprobe", "clamp_set", "weight", "capture"])
 def test_a_tensor_of_another_size_is_refused(name: str) -> None:
     a = site_args(3, 16, torch.float32)

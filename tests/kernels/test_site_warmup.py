@@ -48,6 +48,7 @@ def outside(setup: Setup, counts: tuple[int, ...] = COUNTS) -> list[Call]:
     return [call for a in run_time_calls(setup, counts) for call in recorded(a) if key(call) not in known]
 
 
+@pytest.mark.behaviour(79)
 @pytest.mark.parametrize("families", OP_SETS, ids="+".join)
 def test_a_run_compiles_nothing_new(families: tuple[str, ...]) -> None:
     for width, norm in ((64, ""), (17, "rms")):
@@ -176,6 +177,7 @@ def graph_calls(monkeypatch: pytest.MonkeyPatch) -> list[SiteArgs]:
 ALL = ("add", "tier", "monitor", "row_monitor", "clamp")
 
 
+@pytest.mark.behaviour(79)
 @pytest.mark.parametrize(
     ("name", "ops", "capture"),
     [
@@ -234,6 +236,7 @@ def in_a_process(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.behaviour(79)
 def test_the_kernels_compile_for_a_gpu_and_only_once(tmp_path: Path) -> None:
     first, files = in_a_process(tmp_path), sorted(tmp_path.rglob("*"))
     for variant in first:

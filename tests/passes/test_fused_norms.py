@@ -62,6 +62,7 @@ MODELS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.behaviour(32)
 @MODELS
 @pytest.mark.parametrize("flat", [False, True], ids=["batched", "flat"])
 @pytest.mark.parametrize("lowering", ["auto", "template", "compiler"])

@@ -55,6 +55,7 @@ TEMPLATES = {"llama": 2, "qwen3": 2, "gemma2": 2, "gpt2": 2, "mixtral": 1, "olmo
 """Model -> sites of a layer that the template takes when it may choose."""
 
 
+@pytest.mark.behaviour(13)
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("lowering", ["auto", "template"])
 @pytest.mark.usefixtures("on_cpu")

@@ -154,6 +154,7 @@ def test_stages_steer_as_the_whole_model_does(cut: str, options: dict[str, Any])
     assert sorted(sites) == sorted((hook, n) for hook in HOOKS for n in range(LAYERS))  # each in one stage
 
 
+@pytest.mark.behaviour(24)
 @pytest.mark.parametrize("options", [{}, {"placement": "after_norm"}, {"ops": ("add", "clamp", "row_monitor")}])
 @pytest.mark.parametrize("hook", ["post_block", "pre_attn", "post_attn"])
 def test_a_hook_alone_with_placements_and_families(hook: str, options: dict[str, Any]) -> None:
@@ -192,6 +193,7 @@ def test_a_stage_in_which_nothing_is_steered_runs_as_it_is() -> None:
     assert [len(steered.plans) for steered, _ in stages.stages] == [0, 1]
 
 
+@pytest.mark.behaviour(44)
 def test_everyone_gets_the_same_in_all_stages() -> None:
     whole, vectors = decoder(), drawn("post_block", [1, 2])
     uncut, stages = (Pipeline(whole, spec("post_block"), cuts) for cuts in ((0, LAYERS), CUTS["halves"]))
@@ -201,6 +203,7 @@ def test_everyone_gets_the_same_in_all_stages() -> None:
     assert torch.equal(stages.run(own), uncut.run(own))
 
 
+@pytest.mark.behaviour(44)
 def test_what_is_of_no_stage_is_refused() -> None:
     first = SteeredModel(spec(at("post_block", 0, 1)), Shape(WIDTH, torch.float32, range(2), LAYERS), CPU)
     first.registry.register(Steering(base=drawn("post_block", [1])))  # the next stage's

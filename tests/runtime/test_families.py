@@ -121,6 +121,7 @@ def tokens(runtime: Runtime, batch: int, length: int) -> tuple[list[float], list
     return runtime.tables.gain[:count].tolist(), runtime.tables.decode[:count].tolist()
 
 
+@pytest.mark.behaviour(66)
 def test_gain_and_decode_mask_follow_the_calls() -> None:
     runtime = make()
     runtime.set_tier({SITE: axis(0)}, gain=2.5)
@@ -158,6 +159,7 @@ def test_a_bank_that_comes_later_finds_its_tokens() -> None:
     assert runtime.tables.decode[:3].tolist() == [1, 1, 0]
 
 
+@pytest.mark.behaviour(23)
 @pytest.mark.parametrize("late", [False, True], ids=["set after compiling", "set before compiling"])
 def test_monitors_and_clamps_lie_in_both_rows_of_a_configuration(late: bool) -> None:
     runtime = make(bound=not late)
@@ -204,6 +206,7 @@ PARTS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.behaviour(36)
 @given(st.sampled_from(PARTS), st.sampled_from(PARTS), st.sampled_from(PARTS), st.sampled_from(PARTS))
 def test_rows_are_shared_by_equal_content_alone(a: Any, b: Any, c: Any, d: Any) -> None:
     runtime = make()
@@ -212,6 +215,7 @@ def test_rows_are_shared_by_equal_content_alone(a: Any, b: Any, c: Any, d: Any) 
     assert (rows[0] == rows[1]) == (one == other)
 
 
+@pytest.mark.behaviour(41)
 def test_global_clamps_lie_in_every_row_in_front_of_its_own() -> None:
     runtime = make()
     handle = runtime.register(Steering(clamps={SITE: [clamp(0, 1.0)]}))
@@ -228,6 +232,7 @@ def test_global_clamps_lie_in_every_row_in_front_of_its_own() -> None:
     assert [clamps_of(runtime, row) for row in (1, 2, handle.rows["decode"])] == [[], [], [(0, 1)]]
 
 
+@pytest.mark.behaviour(46)
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, len(PARTS) - 1), min_size=2, max_size=8))
 def test_a_row_in_use_again_holds_nothing_of_its_last_owner(chosen: list[int]) -> None:

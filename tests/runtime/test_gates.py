@@ -24,6 +24,7 @@ def test_a_direction_is_brought_to_length_one(numbers: list[float]) -> None:
     torch.testing.assert_close(clamp.direction, (exact / exact.norm()).float())
 
 
+@pytest.mark.behaviour(22)
 @given(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30))
 def test_bounds(lo: float, hi: float) -> None:
     lo, hi = sorted((lo, hi))

@@ -63,6 +63,7 @@ def state(runtime: Runtime) -> tuple[Any, ...]:
     return runtime.status(), runtime.names, rows, [row(runtime, index).tolist() for index in (0, 1, 2)]
 
 
+@pytest.mark.behaviour(40, 41)
 @pytest.mark.parametrize("late", [False, True], ids=["set after compiling", "set before compiling"])
 def test_a_row_is_the_sum_of_the_global_and_the_request_tiers(late: bool) -> None:
     runtime = make(bound=not late)
@@ -80,10 +81,11 @@ def test_a_row_is_the_sum_of_the_global_and_the_request_tiers(late: bool) -> Non
         torch.testing.assert_close(row(runtime, handle.rows[phase]), 0.5 * own)
     assert not row(runtime, 0).any()
     runtime.clear_global()
-    assert not row(runtime, 1).any()
+    assert not any(row(runtime, tier).any() for tier in (1, 2))
     assert row(runtime, handle.rows["prefill"])[0].tolist() == [5, 5, 0, 0]
 
 
+@pytest.mark.behaviour(36, 37, 47, 48)
 def test_equal_content_shares_rows() -> None:
     runtime = make()
     runtime.register_vectors("set", unit(0, 0))
@@ -101,6 +103,7 @@ def test_equal_content_shares_rows() -> None:
     assert runtime.status()["handles"] == 1
 
 
+@pytest.mark.behaviour(37, 45, 46)
 def test_a_released_row_begins_anew() -> None:
     runtime = make(rows=1)
     first = runtime.register(Steering(prefill=unit(0, 0)))
@@ -111,6 +114,7 @@ def test_a_released_row_begins_anew() -> None:
     assert row(runtime, again.rows["prefill"])[1].tolist() == [0, 1, 0, 0]
 
 
+@pytest.mark.behaviour(47, 48)
 def test_named_sets() -> None:
     runtime = make()
     digest = runtime.register_vectors("a", unit(0, 0))
@@ -164,6 +168,7 @@ REFUSED: list[tuple[Callable[[Runtime, Handle], object], type[SteerError], str]]
 ]
 
 
+@pytest.mark.behaviour(38, 41, 48)
 @pytest.mark.parametrize(("call", "kind", "text"), REFUSED, ids=[text for _, _, text in REFUSED])
 def test_a_refused_change_changes_nothing(
     call: Callable[[Runtime, Handle], object], kind: type[SteerError], text: str
@@ -179,6 +184,7 @@ def test_a_refused_change_changes_nothing(
     runtime.release(handle)
 
 
+@pytest.mark.behaviour(38)
 def test_a_refused_registration_leaves_the_rows_that_it_would_have_shared() -> None:
     runtime = make(rows=3)
     first = runtime.register(Steering(prefill=unit(0, 0)))
@@ -196,6 +202,7 @@ def test_a_sum_that_overflows_is_refused_in_the_dtype_of_the_table() -> None:
     runtime.set_global(unit(0, 0, 1e3))
 
 
+@pytest.mark.behaviour(37)
 def test_release_and_assign() -> None:
     runtime = make()
     handle = runtime.register(Steering(unit(0, 0)))
@@ -238,6 +245,7 @@ def rows_of(runtime: Runtime, batch: int, length: int) -> Any:
     return runtime.tables.rows[: batch * length].view(batch, length).tolist()
 
 
+@pytest.mark.behaviour(39)
 def test_the_index_follows_every_change() -> None:
     runtime = make(rows=8)
     a, b = (
@@ -272,6 +280,7 @@ def test_a_call_without_tokens_is_no_step() -> None:
     assert rows_of(runtime, 1, 1) == [[handle.rows["decode"]]]
 
 
+@pytest.mark.behaviour(43)
 def test_threads_register_and_release_while_calls_go_on() -> None:
     runtime = make(rows=6)
     stop = threading.Event()
@@ -308,6 +317,7 @@ def test_threads_register_and_release_while_calls_go_on() -> None:
     assert (status["rows"], status["handles"]) == (0, 0)
 
 
+@pytest.mark.behaviour(36)
 def test_status_is_plain_data() -> None:
     runtime = make(bound=False)
     assert runtime.status()["sites"] == []

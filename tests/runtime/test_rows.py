@@ -92,6 +92,7 @@ def expected_row(plan: RowPlan, phase: str, position: int, prompt: int) -> int:
     return own if position in chosen else tier
 
 
+@pytest.mark.behaviour(39)
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_token_rows(data: st.DataObject) -> None:

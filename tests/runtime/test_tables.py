@@ -47,6 +47,7 @@ def test_each_part_is_whole_and_aligned(width: int, dtype: torch.dtype) -> None:
     assert tables.tensors[3].is_contiguous()  # a bank of one site needs no padding
 
 
+@pytest.mark.behaviour(14)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("poisoned_empty")
 def test_lines_are_written_where_they_belong(dtype: torch.dtype) -> None:

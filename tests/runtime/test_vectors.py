@@ -17,6 +17,7 @@ FLOATS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=4)
 KEYS = st.tuples(st.sampled_from(["post_block", "attn_out", "write_2"]), st.integers(0, 3))
 
 
+@pytest.mark.behaviour(42)
 def test_every_form_gives_the_same_set() -> None:
     numbers = [0.5, -2.0, 0.0]
     forms: list[dict[Any, Any]] = [
@@ -37,6 +38,7 @@ def test_every_form_gives_the_same_set() -> None:
     assert len({vector_set(form) for form in forms}) == len({vector_set(form).digest for form in forms}) == 1
 
 
+@pytest.mark.behaviour(42)
 def test_a_set_is_a_copy() -> None:
     vector = torch.ones(3)
     made = vector_set({"post_block": {0: vector}})
@@ -47,12 +49,14 @@ def test_a_set_is_a_copy() -> None:
     assert not dict(inside.items())["post_block", 0].is_inference()
 
 
+@pytest.mark.behaviour(61)
 def test_nothing_is_the_empty_set() -> None:
     assert not vector_set(None)
     assert vector_set({}) == vector_set(None) == vector_set({"post_block": {}})
     assert vector_set(vector_set(None)).digest == ""
 
 
+@pytest.mark.behaviour(61)
 @given(st.dictionaries(KEYS, FLOATS, min_size=1), st.randoms())
 def test_the_digest_does_not_know_the_order(vectors: dict[tuple[str, int], list[float]], random: Any) -> None:
     items = list(vectors.items())
@@ -60,6 +64,7 @@ def test_the_digest_does_not_know_the_order(vectors: dict[tuple[str, int], list[
     assert vector_set(dict(items)).digest == vector_set(vectors).digest
 
 
+@pytest.mark.behaviour(61)
 @given(st.dictionaries(KEYS, FLOATS, min_size=1, max_size=2), st.dictionaries(KEYS, FLOATS, min_size=1, max_size=2))
 def test_the_digest_knows_the_content(one: dict[Any, list[float]], other: dict[Any, list[float]]) -> None:
     assert (vector_set(one).digest == vector_set(other).digest) == (one == other)

@@ -65,6 +65,7 @@ def streams(judge: Any, ids: list[int], moved: dict[int, float], layer: int = 1)
 AHEAD = pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU never runs ahead"))
 
 
+@pytest.mark.behaviour(64)
 @pytest.mark.parametrize("ahead", [False, AHEAD])
 def test_an_override_acts_one_step_later_and_on_its_request_alone(ahead: bool, models: Path, judge: Any) -> None:
     """Asked for when position N + 1 was seen: N + 2 to N + 4 are steered, and nothing else of anyone."""
@@ -101,6 +102,7 @@ def flush(llm: Any) -> None:
     generated(llm, [None], tokens=1, prompts=[[7, 8, 9]])
 
 
+@pytest.mark.behaviour(53)
 def test_overrides_end_with_their_requests_and_by_preemption(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few blocks for all at once: what is computed again has no override, and no row of the pool is lost."""
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -188,6 +190,7 @@ def test_actions_of_an_operator_are_checked_when_they_are_applied(models: Path) 
     flush(llm)
 
 
+@pytest.mark.behaviour(81)
 def test_ranks_apply_the_same_and_a_planted_divergence_shows(models: Path) -> None:
     """Two tensor parallel ranks in processes of their own, against one rank of its own process."""
     path, found = engines.saved("llama", models), {}

@@ -66,6 +66,7 @@ def status(llm: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.behaviour(70)
 def test_gates_in_the_graph_are_the_same_as_the_requests_own_steering(llm: Any) -> None:
     probe = {"probe": vector(6).tolist(), "threshold": 0.1, "sharpness": 4.0}
     plain, decode, soft = numbers(llm, None, DECODE, {**DECODE, "monitors": {SITE: probe}})
@@ -163,6 +164,7 @@ BAD: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.behaviour(71)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_gates_are_refused_and_the_engine_lives(name: str, llm: Any) -> None:
     with pytest.raises(SteerError):
@@ -170,6 +172,7 @@ def test_bad_gates_are_refused_and_the_engine_lives(name: str, llm: Any) -> None
     assert len(said(llm, None)[0]) == 8
 
 
+@pytest.mark.behaviour(58, 60)
 def test_generated_blocks_are_the_requests_own_and_prompts_are_shared(models: Path, llm: Any) -> None:
     """A next turn does not find what was generated under an override; a prompt is found by everyone."""
     prompt = list(range(100, 140))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steer_compile import SteerSpec
-from steer_compile.errors import SteerError
+from steer_compile.errors import NotSteered, SteerError, UnknownName, VectorError
 from steer_compile.vllm.frontend import FrontEnd
 from steer_compile.vllm.model import Shape
 from steer_compile.vllm.settings import Settings
@@ -61,6 +61,7 @@ CASES = {
 }
 
 
+@pytest.mark.behaviour(80)
 @pytest.mark.parametrize("name", CASES)
 def test_what_an_engine_holds_after_a_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer_compile.vllm.server import engine as module
@@ -73,9 +74,37 @@ def test_what_an_engine_holds_after_a_change(name: str, monkeypatch: pytest.Monk
     engine = module.Engine(SimpleNamespace(**{n: getattr(client, n) for n in
                            ("is_sleeping", "reset_prefix_cache", "collective_rpc")}), front)  # fmt: skip
     if refused:
-        with pytest.raises(SteerError, match=refused):
+        with pytest.raises(module.Unavailable, match=refused):
             asyncio.run(engine.set_global(GIVEN))
     else:
         assert asyncio.run(engine.set_global(GIVEN))["prefill"]
     assert client.held == held
     assert any(front.status()["global"].values()) is not bool(refused)
+
+
+@pytest.mark.behaviour(80, 81)
+def test_refusals_have_a_status_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400: what was asked for; 404: a name; 500: ranks differ; 503: the engine could not, now."""
+    from steer_compile.vllm.server import plugin
+    from steer_compile.vllm.server.engine import Diverged, Unavailable
+
+    raised: list[SteerError] = []
+
+    async def answer(request: Any) -> Any:
+        raise raised[-1]
+
+    engine = SimpleNamespace(check_changes=lambda: None)
+    request: Any = SimpleNamespace(headers={"X-Steering-Key": "k"}, app=SimpleNamespace(state=SimpleNamespace()))
+    request.app.state.steering = engine
+    monkeypatch.setenv(plugin.KEY_VARIABLE, "k")
+    route = plugin.answered(answer, True, True)
+
+    async def status_of(kind: type[SteerError]) -> int:
+        raised.append(kind("as it is"))
+        answered: Any = await route(request)
+        return int(answered.status_code)
+
+    kinds = (VectorError, NotSteered, UnknownName, Diverged, Unavailable)
+    assert [asyncio.run(status_of(kind)) for kind in kinds] == [400, 400, 404, 500, 503]
+    request.headers = {}
+    assert asyncio.run(status_of(SteerError)) == 401

@@ -31,6 +31,7 @@ def printed(text: str) -> Any:
 
 
 # Experts first: what vLLM sets up for a process with its first engine is without them otherwise.
+@pytest.mark.behaviour(83)
 @pytest.mark.parametrize("name", ["mixtral", "llama", "qwen3", "gemma3", "gpt2"])
 def test_tokens_and_probabilities_are_those_of_a_forward_hook(name: str, models: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -69,6 +70,7 @@ def test_the_transformers_backend_is_steered_as_the_native_model_is(models: Path
     assert len({tuple(t) for t in expected}) == len(STEERING)
 
 
+@pytest.mark.behaviour(82)
 @pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, []), (1, ["ngram"])])
 def test_processes_and_ranks_give_the_same(ranks: int, more: list[str], models: Path) -> None:
     """An engine core of its own, and tensor parallel workers: the site is behind the all-reduce, rows are alike.

@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.behaviour(82)
 @pytest.mark.parametrize(("name", "more"), [("llama", []), ("gpt2", []), ("llama", ["narrow"])])
 def test_stages_give_what_the_whole_model_gives(name: str, more: list[str], models: Path) -> None:
     """Llama hands its stream on in two parts, GPT-2 as one value."""
@@ -27,6 +28,7 @@ def test_stages_give_what_the_whole_model_gives(name: str, more: list[str], mode
     hold_against(run(model, 1, 1, *more), run(model, 2, 1, *more))
 
 
+@pytest.mark.behaviour(81)
 def test_captured_rows_of_stages_are_merged(models: Path, tmp_path: Path) -> None:
     """Every stage writes its own layers, and the reader gives those of the whole model."""
     model, folders = engines.saved("llama", models), [tmp_path / "whole", tmp_path / "stages"]
@@ -43,6 +45,7 @@ def test_captured_rows_of_stages_are_merged(models: Path, tmp_path: Path) -> Non
                 torch.testing.assert_close(other[name], numbers, atol=engines.TOLERANCE, rtol=engines.TOLERANCE)
 
 
+@pytest.mark.behaviour(81)
 def test_what_no_stage_has_is_refused_before_the_engine_starts(models: Path) -> None:
     model = engines.saved("llama", models)
     with pytest.raises(SiteNotFound, match=r"no site layers\.9\.post_block: the model has layers 0 to 3"):

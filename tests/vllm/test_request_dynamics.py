@@ -107,6 +107,7 @@ NOTHING, PUSHED, OWN = [0.0] * WIDTH, [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]
 BASE = {"base": {"post_block": {"0": OWN}}}
 
 
+@pytest.mark.behaviour(64)
 def test_an_override_applies_in_front_of_the_next_step_and_to_decoded_tokens_of_its_request() -> None:
     world = World({2: [SetOverride("a", unit(1))], 4: [ClearOverride("a")]})
     world.begin("a", BASE)
@@ -130,6 +131,7 @@ def test_a_request_without_steering_of_its_own_is_routed_and_let_go() -> None:
     assert world.host.status()["overrides"]["in_use"] == 0
 
 
+@pytest.mark.behaviour(65)
 @pytest.mark.parametrize("how", ["finished", "preempted", "begun again"])
 def test_overrides_end_with_requests(how: str) -> None:
     world = World({1: [SetOverride("a", unit(1))], 3: [SetOverride("a", unit(2))]})
@@ -148,6 +150,21 @@ def test_overrides_end_with_requests(how: str) -> None:
     assert world.step(("a", 0, 3), ("a", 6, 1))[:3] == [OWN] * 3  # prompt tokens read their own row, whatever is routed
 
 
+@pytest.mark.behaviour(53)
+def test_a_request_that_is_preempted_and_ends_in_one_step_gives_its_rows_back_once() -> None:
+    world = World({1: [SetOverride("a", unit(1)), SetOverride("b", unit(2))]})
+    for name in "ab":
+        world.begin(name, BASE)  # which share their rows
+    world.step(("a", 0, 3), ("b", 0, 3))
+    world.step(("a", 3, 1), ("b", 3, 1))
+    world.end(finished=["a"], preempted=["a"])
+    assert (world.rows.state()["rows_in_use"], world.host.status()["overrides"]["in_use"]) == (2, 1)
+    assert world.step(("b", 4, 1)) == [[0.0, 0.0, 1.0, 0.0]]
+    world.end(finished=["b", "a"])
+    assert (world.rows.state()["rows_in_use"], world.host.status()["overrides"]["in_use"]) == (0, 0)
+
+
+@pytest.mark.behaviour(65)
 def test_a_request_in_prefill_or_unknown_gets_none() -> None:
     world = World({1: [SetOverride("a", unit(1)), SetOverride("z", unit(1))]})
     world.begin("a")
@@ -169,6 +186,7 @@ def test_one_that_a_step_leaves_out_is_where_it_was() -> None:
     assert world.step(("a", 3, 1), ("b", 4, 1)) == [PUSHED, NOTHING]
 
 
+@pytest.mark.behaviour(66)
 def test_the_gain_of_a_row_and_of_the_tier_change_in_steady_decoding() -> None:
     world = World({2: [SetScale(0.5, "a"), SetScale(3.0, gain=True)]})
     world.begin("a", BASE)
@@ -269,6 +287,7 @@ def test_a_line_that_is_taken_again_forgets() -> None:
         lines.begin("d")
 
 
+@pytest.mark.behaviour(59, 60)
 def test_generated_blocks_of_dynamic_engines_have_keys_of_their_own() -> None:
     one, other = (SimpleNamespace(request_id="r", num_prompt_tokens=10, sampling_params=None) for _ in range(2))
     assert block_keys(one, 8, 16) == ()

@@ -142,6 +142,7 @@ def test_the_front_end_knows_the_engines_sites_and_room() -> None:
         front(rows=1).checked({"base": {"post_block": {"1": ones}}})
 
 
+@pytest.mark.behaviour(61)
 def test_digests_tell_contents_and_tokens_apart() -> None:
     ones = [1.0] * WIDTH
     base = {"base": {"post_block": {"1": ones}}}

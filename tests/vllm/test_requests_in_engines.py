@@ -36,6 +36,7 @@ def llm(models: Path, named: Path) -> Any:
     return engines.engine(engines.saved("llama", models), SPEC, vectors={"calm": named}, enable_prefix_caching=False)
 
 
+@pytest.mark.behaviour(83)
 def test_a_request_in_a_batch_is_what_it_is_alone(llm: Any) -> None:
     steering = [None, *(at(n % 4, vector(n)) for n in range(3)), at(0, vector(7), "decode"), None]
     prompts = [list(range(3 + i, 12 + 3 * i)) for i in range(len(steering))]
@@ -44,6 +45,7 @@ def test_a_request_in_a_batch_is_what_it_is_alone(llm: Any) -> None:
     assert together == alone
 
 
+@pytest.mark.behaviour(55, 56)
 def test_requests_wait_for_rows_and_none_runs_without(llm: Any) -> None:
     """Twelve configurations need two rows each, and there are six."""
     steering = [at(1, vector(20 + n, 2.0)) for n in range(12)]
@@ -57,6 +59,7 @@ def test_equal_configurations_share_rows(llm: Any) -> None:
     assert len({tuple(t) for t in texts(generated(llm, steering))}) == 1
 
 
+@pytest.mark.behaviour(48)
 def test_named_vectors_are_the_same_as_inline_ones(llm: Any) -> None:
     inline = [at(2, vector(9)), {**at(2, vector(9)), "scale": -1.5}, at(2, 0.5 * vector(9))]
     by_name = [{"named": "calm"}, {"named": ["calm"], "scale": -1.5}, {"named": [["calm", 0.5]]}]
@@ -83,6 +86,7 @@ def test_selected_tokens_are_steered_and_no_others(llm: Any) -> None:
     assert (everything, prompt, generated_only) == (whole, prefill, decode)
 
 
+@pytest.mark.behaviour(25)
 def test_monitors_and_clamps_of_a_request(llm: Any) -> None:
     """A gate that is shut leaves decoded tokens alone; a clamp at 0 along the vector takes it out again."""
     strong = at(1, vector(6, 3.0))
@@ -148,6 +152,7 @@ def test_connectors_of_kv_blocks_are_refused_at_the_start(models: Path) -> None:
         engines.engine(engines.saved("llama", models), SPEC, kv_transfer_config=connector)
 
 
+@pytest.mark.behaviour(52)
 def test_a_session_that_streams_its_input_is_refused(models: Path) -> None:
     from vllm import SamplingParams
 
@@ -180,6 +185,7 @@ def test_a_layer_that_the_model_lacks_is_refused_at_the_start(models: Path) -> N
         engines.engine(engines.saved("llama", models), SteerSpec(steer=("post_block",), layers=(9,)))
 
 
+@pytest.mark.behaviour(51)
 def test_chunks_of_a_prompt_are_steered_alike(models: Path, llm: Any) -> None:
     chunked = engines.engine(
         engines.saved("llama", models), SPEC, max_num_batched_tokens=16, max_num_seqs=4, enable_chunked_prefill=True
@@ -189,6 +195,7 @@ def test_chunks_of_a_prompt_are_steered_alike(models: Path, llm: Any) -> None:
     assert texts(generated(chunked, steering, prompts=prompts)) == texts(generated(llm, steering, prompts=prompts))
 
 
+@pytest.mark.behaviour(58, 83)
 def test_a_warm_prefix_cache_gives_what_a_cold_one_gives(models: Path, llm: Any) -> None:
     """Blocks of steered prompts are their own; steering of decoded tokens alone shares the prompt's blocks."""
     cached = engines.engine(engines.saved("llama", models), SPEC, enable_prefix_caching=True, block_size=32)
@@ -207,6 +214,7 @@ def test_a_warm_prefix_cache_gives_what_a_cold_one_gives(models: Path, llm: Any)
     assert hits(cached, at(1, vector(16, 2.0)), prompt) == 0
 
 
+@pytest.mark.behaviour(57)
 def test_the_next_turn_of_a_chat_is_what_it_is_without_a_cache(models: Path, llm: Any) -> None:
     """What was generated, unsteered, is part of the next prompt, and steered there: its blocks are not those."""
     cached = engines.engine(engines.saved("llama", models), SPEC, enable_prefix_caching=True, block_size=32)
@@ -230,6 +238,7 @@ def hits(llm: Any, steering: Any, prompts: list[list[int]]) -> int:
     return int(result.num_cached_tokens)
 
 
+@pytest.mark.behaviour(53)
 def test_preempted_requests_go_on_as_if_nothing_had_happened(
     models: Path, llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +263,7 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(
     assert got == texts(generated(llm, steering, tokens=40, prompts=prompts))
 
 
+@pytest.mark.behaviour(83)
 def test_256_configurations_in_one_batch(models: Path) -> None:
     wide = engines.engine(
         engines.saved("llama", models), SteerSpec(steer=("post_block",), rows=512), enable_prefix_caching=False,

@@ -64,6 +64,7 @@ def run(rows: RequestRows, names: list[str], spans: list[tuple[int, int, int]]) 
     rows.step(names, starts, counts, prompts)
 
 
+@pytest.mark.behaviour(49, 50, 51, 52)
 @given(st.lists(REQUESTS, min_size=1, max_size=3))
 def test_each_token_reads_the_row_of_its_request_and_position(
     steps: list[list[tuple[str, int, int, int, int]]],
@@ -108,6 +109,7 @@ def test_a_step_that_the_tables_hold_is_not_sent_again(monkeypatch: pytest.Monke
     assert sent_steps == [decoded, prompt, ([GLOBAL_DECODE, ZERO], [True, False])]
 
 
+@pytest.mark.behaviour(37, 38)
 def test_without_a_free_row_a_request_is_not_run() -> None:
     made = registry(rows=1)
     rows = RequestRows(made)
@@ -119,6 +121,7 @@ def test_without_a_free_row_a_request_is_not_run() -> None:
     rows.admit("c", asks(made, steering("decode", 1)))
 
 
+@pytest.mark.behaviour(52)
 def test_a_request_that_goes_on_with_other_steering_changes_its_rows() -> None:
     made = registry(rows=1)
     rows = RequestRows(made)
@@ -165,6 +168,7 @@ CASES = {
 }
 
 
+@pytest.mark.behaviour(55)
 @pytest.mark.parametrize("name", CASES)
 def test_who_waits_for_rows(name: str) -> None:
     case, grants = CASES[name], Grants(4)
@@ -174,6 +178,7 @@ def test_who_waits_for_rows(name: str) -> None:
     assert [i for i, r in enumerate(case.waiting) if any(r is h for h in held)] == case.held
 
 
+@pytest.mark.behaviour(55)
 def test_who_waits_for_rows_of_overrides() -> None:
     """They have a pool of their own; equal gates share none of it."""
 
@@ -195,6 +200,7 @@ names = st.sampled_from(["", "a", "b", "c"])
 arrivals = st.tuples(st.integers(0, 5), names, names)
 
 
+@pytest.mark.behaviour(56)
 @given(st.lists(st.tuples(st.lists(arrivals), st.sets(st.integers(0, 5)))), st.integers(2, 6))
 def test_what_runs_always_has_rows(steps: list[tuple[list[tuple[int, str, str]], set[int]]], capacity: int) -> None:
     """Against the rows that a runner would hold: arrivals of new and of running requests, and ends."""
@@ -215,6 +221,7 @@ def test_what_runs_always_has_rows(steps: list[tuple[list[tuple[int, str, str]],
         assert not held or len(all_of_them) > capacity or goes_on
 
 
+@pytest.mark.behaviour(57, 58)
 def test_keys_of_cached_blocks() -> None:
     both = request("p", "d")
     assert block_keys(both, 0, 8) == (("steer_prefill", "p"),)

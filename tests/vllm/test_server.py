@@ -43,6 +43,7 @@ def test_beam_search_is_refused_rather_than_run_unsteered(server: Server) -> Non
             assert server.client.completions.create(model=model, prompt=PROMPT, **extra).choices
 
 
+@pytest.mark.behaviour(80)
 def test_malformed_steering_is_answered_by_400_and_nothing_dies(server: Server) -> None:
     import openai
 

@@ -31,6 +31,7 @@ def status(server: Server) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.behaviour(80)
 def test_changes_of_sites_and_actions_need_the_key(server: Server) -> None:
     for method, path in (
         ("PUT", "/tier"), ("DELETE", "/tier"), ("PUT", "/monitor"), ("DELETE", "/monitor"), ("POST", "/actions"),
@@ -74,6 +75,7 @@ BAD: dict[str, tuple[str, str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.behaviour(80)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_changes_are_answered_by_400(name: str, server: Server) -> None:
     method, path, body = BAD[name]

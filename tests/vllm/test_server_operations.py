@@ -39,6 +39,7 @@ def file_of(seed: int, layer: int = 1, width: int = engines.WIDTH) -> bytes:
     return save({f"layers.{layer}.post_block": vector(seed, 2.0)[:width].clone()})
 
 
+@pytest.mark.behaviour(80)
 def test_status_says_what_is_steered(server: Server) -> None:
     found = ask(server, "GET", "", key=None).json()
     assert found["spec"]["steer"]
@@ -46,6 +47,7 @@ def test_status_says_what_is_steered(server: Server) -> None:
     assert found["workers"] == [{"requests": 0, "rows_in_use": 0, "rows": 8}]
 
 
+@pytest.mark.behaviour(80)
 def test_changes_need_the_key(server: Server) -> None:
     for key in (None, "", "another"):
         for method, path in (
@@ -57,6 +59,7 @@ def test_changes_need_the_key(server: Server) -> None:
             assert ask(server, method, path, key=key).status_code == 401
 
 
+@pytest.mark.behaviour(48)
 def test_a_named_set_is_registered_used_replaced_and_deleted(server: Server) -> None:
     plain = server.said()
     first = ask(server, "PUT", "/vectors/calm", content=file_of(5))
@@ -113,9 +116,11 @@ BAD = {
     "another width": file_of(1, width=8),
     "another name": save({"weights": vector(1)}),
     "cut": file_of(1)[:40],
+    "no number": save({"layers.1.post_block": torch.full((engines.WIDTH,), float("nan"))}),
 }
 
 
+@pytest.mark.behaviour(80)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_refused(name: str, server: Server) -> None:
     answer = ask(server, "PUT", "/vectors/bad", content=BAD[name])
@@ -127,6 +132,7 @@ def test_too_large_an_upload_is_refused(server: Server) -> None:
     assert ask(server, "PUT", "/vectors/large", content=bytes((64 << 20) + 1)).status_code == 413
 
 
+@pytest.mark.behaviour(54, 80)
 def test_global_steering_reaches_every_request_and_goes_again(server: Server) -> None:
     """The prefix cache holds nothing of the former steering."""
     plain, moved = server.said(prompt=LONG), json.dumps(at(2, vector(9, 2.0)))
@@ -146,6 +152,7 @@ def test_global_steering_reaches_every_request_and_goes_again(server: Server) ->
     assert server.said(prompt=LONG) == plain
 
 
+@pytest.mark.behaviour(56)
 def test_global_steering_changes_under_running_requests(server: Server) -> None:
     """More configurations than rows, all of them under way: none is lost, and nothing stays behind."""
     moved = [json.dumps(at(1, vector(60 + n, 2.0))) if n % 2 else None for n in range(12)]

@@ -57,6 +57,7 @@ def test_a_change_that_fails_is_taken_back() -> None:
     assert calls == [("set_sites", 1), ("set_sites", 2), ("restore_sites", 2), ("set_sites", 3), ("restore_sites", 3)]
 
 
+@pytest.mark.behaviour(80)
 def test_a_change_that_cannot_be_reaches_no_worker() -> None:
     made, calls = engine([])
     probe = {"site": "layers.1.post_block", "monitor": {"probe": [1.0] * 8}}
@@ -74,6 +75,7 @@ def test_a_change_that_cannot_be_reaches_no_worker() -> None:
     assert not calls
 
 
+@pytest.mark.behaviour(81)
 def test_ranks_that_differ_are_told() -> None:
     from steer_compile.vllm.server.engine import ALIKE, Diverged
 

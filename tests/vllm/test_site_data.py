@@ -67,6 +67,7 @@ def alike(found: list[float]) -> Any:
     return pytest.approx(found, abs=engines.TOLERANCE)
 
 
+@pytest.mark.behaviour(15)
 def test_a_tier_steers_generated_tokens_and_a_monitor_gates_it_and_the_rows(models: Path) -> None:
     llm = engine(models, OPS)
     plain, decode, half, base, prefill = numbers(
@@ -108,6 +109,7 @@ def held(seen: list[Seen], layer: int, threshold: float, low: float) -> dict[int
     return gates
 
 
+@pytest.mark.behaviour(70)
 def test_gates_across_layers_remember_for_each_request(models: Path, judge: Any) -> None:
     """Detected at layer 0, acted upon at layer 1, in the same forward; a prompt forgets, and lines are taken again."""
     llm = engine(models, ACROSS, ("post_block",), cross_layer=True)

@@ -31,6 +31,7 @@ def whole(models: Path, vllm_environment: None) -> dict[str, Any]:
     return run(engines.saved("llama", models), 1, 1)
 
 
+@pytest.mark.behaviour(51, 82)
 @pytest.mark.parametrize("runner", ["V2", "V1"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_gpus_give_what_one_gives(split: str, runner: str, models: Path, whole: dict[str, Any]) -> None:

@@ -36,6 +36,10 @@ class Diverged(NotSteered):
     """The ranks of an engine hold different steering: what it generates is of neither."""
 
 
+class Unavailable(NotSteered):
+    """The engine took no change: it sleeps, blocks of its prefix cache are in use, or a part of it failed."""
+
+
 class Engine:
     """One engine of this server.
 
@@ -79,19 +83,19 @@ class Engine:
         their tokens so far again.
 
         Raises:
-            SteerError: bad steering. NotSteered: the engine sleeps, its prefix cache could not be emptied, or a worker
+            SteerError: bad steering. Unavailable: the engine sleeps, its prefix cache could not be emptied, or a worker
                 failed; the former steering is back.
         """
         async with self._lock:
             made = self.front.checked_global(given)
             await self._check_awake()
             if not await self._forget_prefixes():
-                raise NotSteered("the prefix cache cannot be emptied now, so global steering stays; try again")
+                raise Unavailable("the prefix cache cannot be emptied now, so global steering stays; try again")
             # Emptied again behind the change, as steps in between have filled it with either steering.
             if not (await self._set(made) and await self._forget_prefixes()):
                 back = await self._set(self.front.everyone) and await self._forget_prefixes()
                 state = "the former is back" if back else "and the former could not be set again: restart the engine"
-                raise NotSteered(f"global steering was not changed in all of the engine, {state}")
+                raise Unavailable(f"global steering was not changed in all of the engine, {state}")
             self.front.everyone = made
             return digests_of(made)
 
@@ -128,7 +132,7 @@ class Engine:
             given: as in `site_data.read`.
 
         Raises:
-            SteerError: bad data, or nothing of the kind in the spec. NotSteered: the engine sleeps, or a worker
+            SteerError: bad data, or nothing of the kind in the spec. Unavailable: the engine sleeps, or a worker
                 failed; the former data is back.
         """
         async with self._lock:
@@ -138,7 +142,7 @@ class Engine:
             if await _returned(self._client.collective_rpc(SET_SITES, args=(number, given))) is None:
                 back = await _returned(self._client.collective_rpc(RESTORE_SITES, args=(number,))) is not None
                 state = "the former is back" if back else "and the former could not be set again: restart the engine"
-                raise NotSteered(f"the change did not reach all of the engine, {state}")
+                raise Unavailable(f"the change did not reach all of the engine, {state}")
 
     async def submit(self, actions: list[dict[str, Any]]) -> list[bool]:
         """Ask for actions in front of the next step; which of them found room in the queue.
@@ -146,7 +150,7 @@ class Engine:
         They are checked when they are applied, and what was rejected is in `dynamic`.
 
         Raises:
-            NotSteered: the engine has no dynamic steering, sleeps, or its workers do not agree.
+            NotSteered: the engine has no dynamic steering. Unavailable: it sleeps. Diverged: its ranks differ.
         """
         self._check_dynamic()
         async with self._lock:
@@ -154,7 +158,7 @@ class Engine:
             sets = sent_sets(self.front.sets(_names(actions)))
             answers = await self._client.collective_rpc(SUBMIT, args=(actions, sets))
         if any(answer != answers[0] for answer in answers):
-            raise NotSteered("the ranks of the engine differ in which actions they took; restart the engine")
+            raise Diverged("the ranks of the engine differ in which actions they took; restart the engine")
         return list(answers[0])
 
     async def dynamic(self) -> dict[str, Any]:
@@ -189,7 +193,7 @@ class Engine:
 
     async def _check_awake(self) -> None:
         if await self._client.is_sleeping():
-            raise NotSteered("the engine sleeps, and its tables with it; wake it up first")
+            raise Unavailable("the engine sleeps, and its tables with it; wake it up first")
 
 
 def _names(actions: list[dict[str, Any]]) -> list[str]:

@@ -23,7 +23,7 @@ from steer_compile.dynamic.dynamics import as_text
 from steer_compile.errors import SteerError, UnknownName
 from steer_compile.vllm.capture_files import failure, file_at, packed, stage_files
 from steer_compile.vllm.metrics import metrics
-from steer_compile.vllm.server.engine import Diverged, Engine
+from steer_compile.vllm.server.engine import Diverged, Engine, Unavailable
 from steer_compile.vllm.server.files import MAX_FILE, file_under, read_vectors
 
 KEY_VARIABLE = "STEER_COMPILE_API_KEY"
@@ -98,6 +98,8 @@ def answered(answer: Answer, guarded: bool, changes: bool) -> Answer:
             return _refused(404, str(error))
         except Diverged as error:
             return _refused(500, str(error))
+        except Unavailable as error:
+            return _refused(503, str(error))
         except SteerError as error:
             return _refused(400, str(error))
 
