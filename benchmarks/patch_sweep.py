@@ -4,13 +4,15 @@
 
 Hooks are used as people use them, one cell in a forward, and in the same batches as the compiled sweep. All of them
 run every cell; the compiled sweep is timed with its rule as well that a cell whose value is equal in both runs needs no
-forward. The four take turns, round by round. Compile time is apart. ``--device cuda`` runs it on a GPU.
+forward. On a CPU that others use too, ``OMP_WAIT_POLICY=PASSIVE`` keeps threads from spinning, which would measure the
+others; the record says so. The four take turns, round by round. Compile time is apart. ``--device cuda`` runs it on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -159,7 +161,8 @@ def processor(device: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"CPU: {named or platform.machine()}, {torch.get_num_threads()} threads"
+    waits = os.environ.get("OMP_WAIT_POLICY", "").lower()
+    return f"CPU: {named or platform.machine()}, {torch.get_num_threads()} threads{waits and f', {waits} waits'}"
 
 
 def main() -> None:
