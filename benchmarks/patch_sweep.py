@@ -5,7 +5,8 @@
 Hooks are used as people use them, one cell in a forward, and in the same batches as the compiled sweep. All of them
 run every cell; the compiled sweep is timed with its rule as well that a cell whose value is equal in both runs needs no
 forward. On a CPU that others use too, ``OMP_WAIT_POLICY=PASSIVE`` keeps threads from spinning, which would measure the
-others; the record says so. The four take turns, round by round. Compile time is apart. ``--device cuda`` runs it on a GPU.
+others; the record says so. The four take turns, round by round.
+Compile time is apart. ``--device cuda`` runs it on a GPU.
 """
 
 from __future__ import annotations
