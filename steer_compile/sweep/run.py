@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from steer_compile.backend import SteerBackend, steer_backend
 from steer_compile.errors import SpecError
 from steer_compile.runtime.capture import CaptureLog
-from steer_compile.runtime.patches import Patch
+from steer_compile.runtime.patches import Captured, Patch
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import HookSelection, LayersLike, SteerSpec
 from steer_compile.sweep.question import Question
@@ -99,9 +99,9 @@ class Sweeper:
         found = dict.fromkeys(everywhere, question.value(corrupted, clean, corrupted))
         done = len(everywhere) - len(places)
         batches = [places[at : at + self.batch] for at in range(0, len(places), self.batch)]
-        ids = self._ids([question.corrupted] * self.batch)
+        ids, source = self._ids([question.corrupted] * self.batch), Captured(log)
         for cells in batches:
-            rows = [[Patch(site, position, log)] for site, position in cells]
+            rows = [[Patch(site, position, source)] for site, position in cells]
             rows += [[] for _ in range(self.batch - len(cells))]
             with self.backend.runtime.patch(rows=rows):
                 measured = question.measured(self._logits(ids)[: len(cells)])
