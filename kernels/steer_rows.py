@@ -1,10 +1,10 @@
 """Steering of one site's value: gates, additive rows, dynamic tier, directional clamps.
 
-For token t with row r, all on the pristine value h::
+For token t with row r, gates on the pristine value h, and the rest on p, which is h or what a patch made of it::
 
     s, s_r  = h . probe, h . probe[r]        scores of the site's and of the row's monitor
     f       = factors of tier, rows and clamps: those of sites in front, times what s and s_r open (kernels/gates.py)
-    x       = h + T[r] * scale[r] * f.rows + V * gain[t] * f.tier
+    x       = p + T[r] * scale[r] * f.rows + V * gain[t] * f.tier
     p_k     = x . v[r, k]
     h'      = round(x + sum_k strength[r, k] * f.clamps * (clip(p_k, low, high) - p_k) * v[r, k])
 
@@ -57,25 +57,29 @@ class SteerArgs(NamedTuple):
     """Factors of each token (..., 4) from sites in front, fp32; see `gates.FACTORS`."""
 
 
-def steer_rows(h: Tensor, args: SteerArgs, dtype: torch.dtype, clamps: int = 0) -> Tensor:
+def steer_rows(
+    h: Tensor, args: SteerArgs, dtype: torch.dtype, clamps: int = 0, patched: Tensor | None = None
+) -> Tensor:
     """Steer a value.
 
     Args:
         h: stream value (..., H) of dtype ``dtype``.
         args: the site's data; terms without tensors are left out.
         clamps: K, directions of each row.
+        patched: the value that `patch_rows` made of ``h``, unrounded.
 
     Returns:
         Tensor like ``h``.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    return _steered(h, args, wide, clamps).to(dtype)
+    return _steered(h, h if patched is None else patched, args, wide, clamps).to(dtype)
 
 
-def steer_rows_fp64(h: Tensor, args: SteerArgs, clamps: int = 0) -> Tensor:
+def steer_rows_fp64(h: Tensor, args: SteerArgs, clamps: int = 0, patched: Tensor | None = None) -> Tensor:
     """The formula in fp64, unrounded: what every lowering is checked against."""
     given = [t.double() if t is not None and t.is_floating_point() else t for t in args]
-    return _steered(h.double(), SteerArgs(*given), torch.float64, clamps)
+    x = (h if patched is None else patched).double()
+    return _steered(h.double(), x, SteerArgs(*given), torch.float64, clamps)
 
 
 def scores(h: Tensor, args: SteerArgs, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -98,9 +102,8 @@ def score_rows_fp64(h: Tensor, args: SteerArgs) -> Tensor:
     return score_rows(h.double(), SteerArgs(*given), torch.float64)
 
 
-def _steered(h: Tensor, args: SteerArgs, wide: torch.dtype, clamps: int) -> Tensor:
+def _steered(h: Tensor, x: Tensor, args: SteerArgs, wide: torch.dtype, clamps: int) -> Tensor:
     factors = _factors(h, args, wide)
-    x = h
     if args.table is not None and args.scale is not None:
         vector, strength = args.table[args.rows], args.scale[args.rows]
         strength = strength if factors.rows is None else strength * factors.rows

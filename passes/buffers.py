@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from steer_compile.ir import Site
+from steer_compile.ir import Site, Slot, bank_name, slot_name
 
 
 @dataclass
@@ -44,6 +44,11 @@ class Buffers:
             with self.graph.inserting_before(self.first):
                 self.nodes[name] = self.graph.create_node("get_attr", name)
         return self.proxy(self.nodes[name])
+
+    def part(self, slot: Slot) -> Any:
+        """One site's part of a bank, as a proxy."""
+        own = slot_name(slot.bank, slot.index)
+        return self.read(own) if own in self.nodes else self.read(bank_name(slot.bank))[slot.index]
 
     def count(self, site: Site, h: Any) -> fx.Node:
         """Number of tokens, computed at the first site of each layout."""

@@ -113,6 +113,7 @@ class _Choice:
         site, value = group[0].site, self.nodes[group[0].site.node].meta["example_value"]
         tables = {self.plan.banks[s.bank].dtype for e in group for s in e.slots if s.kind in ("table", "clamp")}
         reasons = {
+            "it can be patched, and the kernel has no stage for that": any("patch" in e.ops for e in group),
             "Triton is not installed": find_spec("triton") is None,
             "the graph is trained through, and the kernel has no backward": value.requires_grad
             and torch.is_grad_enabled(),

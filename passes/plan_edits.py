@@ -163,9 +163,15 @@ def _order(edit: Edit) -> tuple[int, int, int]:
 def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKey]:
     """The banks that hold the data of ``ops`` at a site."""
     width, rows, table = site.width, spec.all_rows, spec.table_dtype(site.dtype)
+    slots = spec.patches + 1
     keys: dict[str, list[BankKey]] = {
         "capture": [("capture", width, site.dtype, spec.max_tokens)],
         "add": [("table", width, table, rows)],
+        "patch": [
+            ("patch", width, table, slots),
+            ("patch_alpha", width, torch.float32, slots),
+            ("patch_slot", 1, torch.int32, spec.max_tokens),
+        ],
         "tier": [("tier", width, torch.float32, 1)],
         "monitor": [("probe", width, torch.float32, 1), ("probe_set", 8, torch.float32, 1)],
         "row_monitor": [("rowprobe", width, torch.float32, rows), ("rowprobe_set", 8, torch.float32, rows)],

@@ -24,9 +24,10 @@ from torch import fx
 
 from steer_compile import torch_compat
 from steer_compile.errors import LoweringError
-from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, SLOT, Edit, Fusion, Plan, Site, bank_name, slot_name
+from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, SLOT, Edit, Fusion, Plan, Site, bank_name
 from steer_compile.kernels.detect import DetectArgs, detect
 from steer_compile.kernels.gates import FACTORS
+from steer_compile.kernels.patch_rows import PatchArgs, patch_rows
 from steer_compile.kernels.steer_rows import SteerArgs, score_rows, steer_rows
 from steer_compile.kernels.store_rows import store_rows
 from steer_compile.passes.buffers import Buffers
@@ -157,14 +158,26 @@ class _Splicer:
             args, clamps, total = self._steer_args(edit, h), self._clamps(edit), self._unrounded(source, group)
             steered: Any
             if total is not None:  # rounded once, behind the edit; the norm reads what is rounded there
-                unrounded: Any = steer_rows(self._proxy(total), args, torch.float32, clamps)
+                whole = self._proxy(total)
+                unrounded: Any = steer_rows(whole, args, torch.float32, clamps, self._patched(edit, whole))
                 steered = unrounded.to(edit.site.dtype)
                 self.sums[steered.node] = unrounded.node
             elif edit.site.layout == "streams":
-                steered = steer_rows(_flat(edit.site, h), args, edit.site.dtype, clamps).view_as(h)
+                flat = _flat(edit.site, h)
+                steered = steer_rows(flat, args, edit.site.dtype, clamps, self._patched(edit, flat)).view_as(h)
             else:
-                steered = steer_rows(h, args, edit.site.dtype, clamps)
+                steered = steer_rows(h, args, edit.site.dtype, clamps, self._patched(edit, h))
             self._redirect(edit.site, value, source, group, steered.node)
+
+    def _patched(self, edit: Edit, h: Any) -> Any:
+        """What the edit's patch makes of a value with one dimension of numbers for each token, or None."""
+        if "patch" not in edit.ops:
+            return None
+        tokens = self._slot(edit, "patch_slot").narrow(0, 0, self._proxy(self.buffers.count(edit.site, h)))
+        slots = self._proxy(self.buffers.lined_up(tokens.select(-1, 0).node, edit.site, h, False))
+        return patch_rows(
+            h, PatchArgs(self._slot(edit, "patch"), self._slot(edit, "patch_alpha"), slots), edit.site.dtype
+        )
 
     def _unrounded(self, source: fx.Node, group: list[fx.Node]) -> fx.Node | None:
         """The sum behind a rounded value whose norm reads it unrounded, None where no reader of the group does."""
@@ -206,7 +219,7 @@ class _Splicer:
         capture = self.buffers.read(bank_name(edit.slot("capture").bank)) if "capture" in edit.ops else None
         score = self.buffers.read(bank_name(edit.slot("score").bank)) if "score" in edit.ops else None
         given: dict[str, Any] = {"capture": capture, "score": score}
-        given |= steering._asdict() | self._norm_args(edit.fusion)
+        given |= steering._asdict() | _norm_args(edit.fusion, self.by_name)
         given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": self._clamps(edit)}
         args = tuple(a.node if isinstance(a, fx.Proxy) else a for a in SiteArgs(**given))
         made = self._proxy(self.graph.call_function(torch.ops.steer_compile.site.default, args))
@@ -219,15 +232,6 @@ class _Splicer:
             normed = self.by_name[norm.node]
             normed.replace_all_uses_with(made[1].view_as(stream).node)
         self._erase(edit.fusion, value)
-
-    def _norm_args(self, fusion: Fusion) -> dict[str, Any]:
-        from steer_compile.kernels.site_warmup import norm_options, norms_of
-
-        given = norm_options(fusion)
-        for prefix, norm in norms_of(fusion).items():
-            names = {"weight": norm.weight, "bias": norm.bias}
-            given |= {prefix + key: self._proxy(self.by_name[n]) for key, n in names.items() if n is not None}
-        return given
 
     def _erase(self, fusion: Fusion, value: fx.Node) -> None:
         """Drop what the template took over, results before what they are computed from."""
@@ -269,11 +273,7 @@ class _Splicer:
         return found
 
     def _slot(self, edit: Edit, kind: str) -> Any:
-        slot = edit.slot(kind)
-        part = slot_name(slot.bank, slot.index)
-        if part in self.buffers.nodes:
-            return self.buffers.read(part)
-        return self.buffers.read(bank_name(slot.bank))[slot.index]
+        return self.buffers.part(edit.slot(kind))
 
     def _clamps(self, edit: Edit) -> int:
         return self.plan.clamps if "clamp" in edit.ops else 0
@@ -300,6 +300,16 @@ def _check(edit: Edit, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:
         check(site_args(edit, plan, known, 1))
     except LoweringError as error:
         raise LoweringError(f"{edit.site.name}: {error}") from error
+
+
+def _norm_args(fusion: Fusion, by_name: Mapping[str, fx.Node]) -> dict[str, Any]:
+    from steer_compile.kernels.site_warmup import norm_options, norms_of
+
+    given = norm_options(fusion)
+    for prefix, norm in norms_of(fusion).items():
+        names = {"weight": norm.weight, "bias": norm.bias}
+        given |= {prefix + key: by_name[name] for key, name in names.items() if name is not None}
+    return given
 
 
 def _operands(fusion: Fusion, value: fx.Node, by_name: Mapping[str, fx.Node]) -> tuple[fx.Node, ...]:

@@ -4,17 +4,20 @@ from steer_compile._version import __version__
 from steer_compile.backend import SteerBackend, steer_backend
 from steer_compile.errors import LoweringError, SteerError
 from steer_compile.runtime.gates import Clamp, Monitor
+from steer_compile.runtime.patches import Captured, Patch
 from steer_compile.runtime.runtime import Handle, Runtime
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.vectors import TokenSelection, vector_set
 from steer_compile.spec import HookSelection, SteerSpec
 
 __all__ = [
+    "Captured",
     "Clamp",
     "Handle",
     "HookSelection",
     "LoweringError",
     "Monitor",
+    "Patch",
     "Runtime",
     "SteerBackend",
     "SteerError",

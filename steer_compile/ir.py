@@ -158,6 +158,9 @@ class Bank:
     state       (S + 1) x 2, fp32      whether the step gates of each sequence are open, by site and row monitor
     mlp         M x H, fp32            input weights of the hidden units of the site's probe
     mlp_set     M x 2, fp32            bias and output weight of each of them
+    patch       (P + 1) x H            rows that are put in place of values; line 0 is none
+    patch_alpha  (P + 1) x H, fp32     their share in each dimension
+    patch_slot  max_tokens x 1, int32  line of the site's patch for each token
     clamp       R * K x H              unit directions, K for each row
     clamp_set   R * K x 3, fp32        lower bound, upper bound, strength (0: no clamp)
     ==========  =====================  =======================================================================
@@ -238,7 +241,8 @@ class Edit:
     """Operations at one site.
 
     Attributes:
-        ops: ``capture``, or families of steering (``add``, ``tier``, ``monitor``, ``row_monitor``, ``clamp``), or both.
+        ops: ``capture``, or families of steering (``patch``, ``add``, ``tier``, ``monitor``, ``row_monitor``,
+            ``clamp``), or both.
         slots: where their data lies.
         lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel.
         fusion: what the template takes over.

@@ -17,7 +17,7 @@ from steer_compile.hooks import parse_hook
 
 Layers: TypeAlias = str | tuple[int, ...]
 LayersLike: TypeAlias = str | int | Iterable[int]
-OP_FAMILIES = ("add", "tier", "monitor", "row_monitor", "clamp", "score", "memory", "mlp")
+OP_FAMILIES = ("patch", "add", "tier", "monitor", "row_monitor", "clamp", "score", "memory", "mlp")
 NEEDS = {"score": ("monitor", "row_monitor"), "memory": ("monitor", "row_monitor"), "mlp": ("monitor",)}
 """Op families that add to a monitor: one of these must be there."""
 LOWERINGS = ("auto", "compiler", "template")
@@ -28,6 +28,8 @@ SEQUENCES = 256
 """Requests with gates of their own memory, where the spec does not say how many."""
 HIDDEN = 16
 """Hidden units of a probe, where the spec does not say how many."""
+PATCHES = 64
+"""Rows that a site can be patched with at once, where the spec does not say how many."""
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)(?::(\d+))?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,6 +147,7 @@ class SpecOptions(TypedDict, total=False):
     sequences: int
     cross_layer: bool
     hidden: int
+    patches: int
 
 
 @dataclass(frozen=True, init=False)
@@ -161,10 +164,11 @@ class SteerSpec:
         dtype: dtype of the vector tables; None is the stream's own.
         placement: ``before_norm``: a steer at a stream hook changes all that reads the value. ``after_norm``: at
             ``pre_attn`` and ``post_attn`` it changes the skip path only, not the branch that follows.
-        ops: op families of hooks given by name: ``add`` (vectors), ``tier`` (a dynamic vector of each site, decoded
-            tokens only), ``monitor`` (a probe of each site), ``row_monitor`` (a probe of each row and site), ``clamp``;
-            beside a monitor ``score`` (each token's scores are stored), ``memory`` (step gates remember, for each
-            sequence, whether they are open) and ``mlp`` (the site's probe has hidden units).
+        ops: op families of hooks given by name: ``patch`` (rows in place of values), ``add`` (vectors), ``tier`` (a
+            dynamic vector of each site, decoded tokens only), ``monitor`` (a probe of each site), ``row_monitor`` (a
+            probe of each row and site), ``clamp``; beside a monitor ``score`` (each token's scores are stored),
+            ``memory`` (step gates remember, for each sequence, whether they are open) and ``mlp`` (the site's probe
+            has hidden units).
         clamps: clamp directions of each row at a site.
         lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel a site.
             ``auto``: the one that costs less, site by site (`Edit.why` says which and why).
@@ -173,6 +177,7 @@ class SteerSpec:
         cross_layer: gates of a monitor hold at its site and at all sites behind it in the same call. Memory and
             hidden units need it.
         hidden: most hidden units of a probe (`Hidden`).
+        patches: distinct rows that one site can be patched with at once.
 
     Raises:
         SpecError: an unknown hook, layer selection, dtype, placement, op family or lowering, or a capacity below one.
@@ -192,6 +197,7 @@ class SteerSpec:
     sequences: int
     cross_layer: bool
     hidden: int
+    patches: int
 
     def __init__(
         self,
@@ -226,6 +232,7 @@ class SteerSpec:
             "sequences": _capacity("sequences", options.get("sequences", SEQUENCES)),
             "cross_layer": _flag("cross_layer", options.get("cross_layer", False)),
             "hidden": _capacity("hidden", options.get("hidden", HIDDEN)),
+            "patches": _capacity("patches", options.get("patches", PATCHES)),
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
@@ -285,6 +292,7 @@ class SteerSpec:
             "lowering": self.lowering,
         }
         rarer = {"dtype": None, "overrides": 0, "sequences": SEQUENCES, "cross_layer": False, "hidden": HIDDEN}
+        rarer |= {"patches": PATCHES}
         return data | {key: vars(self)[key] for key, default in rarer.items() if vars(self)[key] != default}
 
     @classmethod

@@ -193,6 +193,28 @@ def adding(vectors: Mapping[tuple[str, int], Tensor]) -> Edits:
 
 
 @contextmanager
+def replaced(model: Any, edits: Edits) -> Iterator[None]:
+    """Edit values of the eager model in any way: a sum between two modules is what the branch in front is made to."""
+    with ExitStack() as stack:
+        for (hook, layer), edit in edits.items():
+            if hook != "post_attn":
+                stack.callback(_hook(model, hook, layer, edit))
+                continue
+            entered: list[Tensor] = []
+
+            def enter(h: Tensor, entered: list[Tensor] = entered) -> Tensor:
+                entered[:] = [h]
+                return h
+
+            def branch(out: Tensor, edit: Edit = edit, entered: list[Tensor] = entered) -> Tensor:
+                return edit(entered[0] + out) - entered[0]
+
+            stack.callback(_hook(model, "pre_attn", layer, enter))
+            stack.callback(_hook(model, "attn_out", layer, branch))
+        yield
+
+
+@contextmanager
 def watched(model: Any, *hooks: str, layers: int = LAYERS) -> Iterator[Values]:
     """Record the values at hooks of all layers, call by call."""
     seen: Values = {}

@@ -18,7 +18,7 @@ PACKAGE = "steer_compile"
 FOUNDATION = ("_version", "errors", "hooks", "spec", "ir", "torch_compat")
 """Values and doors at the bottom: they import one another and nothing above."""
 
-APPLICATIONS = ("cli", "coverage", "demo")
+APPLICATIONS = ("cli", "coverage", "demo", "sweep")
 """What is built on the library; the library never imports it."""
 
 FORBIDDEN = {
@@ -28,6 +28,7 @@ FORBIDDEN = {
     "capture": ("passes", "kernels", "backend", "dynamic", "vllm", *APPLICATIONS),
     "dynamic": ("passes", "kernels", "backend", "vllm", *APPLICATIONS),
     "vllm": APPLICATIONS,
+    "sweep": ("passes", "kernels", "dynamic", "vllm", "cli", "coverage", "demo"),
 }
 """Part of the package -> the parts that it does not import."""
 

@@ -188,8 +188,8 @@ def test_a_spec_is_frozen() -> None:
         (lambda: SteerSpec(steer={"hook": "mlp_in", "at": 1}), "'at'", "HookSelection(hook, layers)"),
         (lambda: SteerSpec(steer=["resid_post", "post_block"]), "post_block twice", "merge"),
         (lambda: SteerSpec(capture=[HookSelection("post_block", n) for n in (1, 2)]), "post_block twice", "merge"),
-        (lambda: HookSelection("post_block", ops="scale"), "['scale']", "the families are add"),
-        (lambda: HookSelection("post_block", ops=()), "()", "the families are add"),
+        (lambda: HookSelection("post_block", ops="scale"), "['scale']", "the families are patch, add"),
+        (lambda: HookSelection("post_block", ops=()), "()", "the families are patch, add"),
         (lambda: SteerSpec(steer="post_block", rows=0), "rows=0", "at least 1"),
         (lambda: SteerSpec(steer="post_block", rows=True), "rows=True", "whole number"),
         (lambda: SteerSpec(steer="post_block", max_tokens=-8), "max_tokens=-8", "at least 1"),
@@ -202,9 +202,9 @@ def test_a_spec_is_frozen() -> None:
         (
             lambda: SteerSpec(steer="post_block", ops=()),
             "()",
-            "the families are add, tier, monitor, row_monitor, clamp",
+            "the families are patch, add, tier, monitor, row_monitor, clamp",
         ),
-        (lambda: SteerSpec(steer="post_block", ops=3), "[3]", "the families are add"),  # type: ignore[arg-type]
+        (lambda: SteerSpec(steer="post_block", ops=3), "[3]", "the families are patch, add"),  # type: ignore[arg-type]
         (lambda: SteerSpec(steer="post_block", clamps=0), "clamps=0", "at least 1"),
         (lambda: SteerSpec(steer="post_block", clamps=True), "clamps=True", "whole number"),
         (lambda: SteerSpec(steer="post_block", lowering="triton"), "lowering='triton'", "choose one of auto"),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer_compile.errors import CaptureError, UnknownName
+from steer_compile.errors import CaptureError, SiteNotFound, UnknownName
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,30 @@ class Rows:
             raise UnknownName(f"no captured row is of request {request!r}; there are {', '.join(self.requests)}")
         one = self.take(self.request == self.requests.index(request))
         return Rows((request,), torch.zeros_like(one.request), one.positions, one.token_ids, one.steps, one.values)
+
+    def row(self, site: tuple[str, int], request: int | str, position: int) -> Tensor:
+        """The value of one token, the one that was computed last.
+
+        Args:
+            site: hook and layer. request: name, or index in ``requests``. position: absolute position.
+
+        Raises:
+            SiteNotFound: the site is not captured. UnknownName: no such request. CaptureError: no row of the position.
+        """
+        key = f"layers.{site[1]}.{site[0]}"
+        if key not in self.values:
+            raise SiteNotFound(f"{key} is not captured; captured are {', '.join(self.values) or 'none'}")
+        numbered = isinstance(request, int) and 0 <= request < len(self.requests)
+        name = self.requests[request] if isinstance(request, int) and numbered else str(request)
+        if name not in self.requests:
+            raise UnknownName(f"no captured row is of request {request!r}; there are {', '.join(self.requests)}")
+        own = self.request == self.requests.index(name)
+        (found,) = (own & (self.positions == position)).nonzero(as_tuple=True)
+        if not found.numel():
+            have = self.positions[own]
+            span = f"positions {int(have.min())} to {int(have.max())}" if have.numel() else "none"
+            raise CaptureError(f"no captured row of request {name!r} is at position {position}; it has {span}")
+        return self.values[key][int(found[-1])]
 
     def latest_per_position(self) -> Rows:
         """Of each request and position the row that was computed last, in the order of requests and positions.

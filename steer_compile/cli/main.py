@@ -12,6 +12,7 @@ from steer_compile._version import __version__
 from steer_compile.cli.coverage import coverage
 from steer_compile.cli.demo import demo
 from steer_compile.cli.load import first_line
+from steer_compile.cli.patch_sweep import patch_sweep
 from steer_compile.cli.sites import sites
 from steer_compile.cli.verify import verify
 from steer_compile.errors import SteerError
@@ -54,7 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (sites, verify, coverage, demo):
+for command in (sites, verify, coverage, demo, patch_sweep):
     app.command()(command)
 
 

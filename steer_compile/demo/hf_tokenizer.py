@@ -28,6 +28,17 @@ class HfTokenizer:
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token
 
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of one text, with the special tokens that a prompt has where ``bos``."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=bos)["input_ids"]
+        return ids
+
+    @property
+    def unknown(self) -> int | None:
+        """The id that stands for text that has no token."""
+        found: int | None = self._tokenizer.unk_token_id
+        return found
+
     def batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``input_ids`` and ``attention_mask``, padded on the left."""
         made = self._tokenizer(list(texts), return_tensors="pt", padding=True)

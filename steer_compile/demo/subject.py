@@ -19,7 +19,9 @@ Row = Steering | Handle | None
 
 
 class Tokenizer(Protocol):
-    """What the demo needs of a tokenizer: ids with padding on the left, and text of ids."""
+    """What is needed of a tokenizer: ids of one text, of a batch with padding on the left, and text of ids."""
+
+    def encode(self, text: str, bos: bool = True) -> list[int]: ...
 
     def batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 

@@ -60,6 +60,7 @@ class Calls(Registry):
         self._shape = (0, 0)
         self._logs: list[CaptureLog] = []
         self.sinks: list[Sink] = []
+        self._step: Step | None = None
 
     def assign(
         self,
@@ -137,7 +138,8 @@ class Calls(Registry):
     def _set_rows(self, batch: int, length: int) -> None:
         """Write the row of every token, unless the tables hold just these."""
         self._plans(batch)  # refused before the phase moves on
-        step = self.phases.advance(batch, length)
+        self.patches.check_batch(batch)
+        step = self._step = self.phases.advance(batch, length)
         self._begin(step)
         for sink in self.sinks:
             sink.begin(step, self._batches[-1].names_of(batch), self.calls)
@@ -149,6 +151,7 @@ class Calls(Registry):
             self.tables.index(token_rows(step, plans))
             self._index_key = key
         self.sites.before_call(batch, length, step.phase == "decode")
+        self.patches.before_call(step)
 
     def after_call(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None = None) -> None:
         """Called behind each compiled graph: let open capture logs and sinks take the sites that it stored.
@@ -159,7 +162,7 @@ class Calls(Registry):
         batch, length = self._shape
         values = self.tables.captured(batch * length) if captured and (self._logs or self.sinks) else {}
         for log in list(self._logs):
-            log.take({key: values[key] for key in captured}, self._shape, self._continued)
+            log.take({key: values[key] for key in captured}, self._shape, self._continued, self._step)
         for sink in self.sinks:
             sink.take({key: values[key] for key in captured}, token_ids, not self._scope.partial)
         self._end(captured, token_ids)

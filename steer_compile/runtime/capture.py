@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from steer_compile.errors import NotSteered, SiteNotFound
+from steer_compile.errors import CaptureError, NotSteered, SiteNotFound
 from steer_compile.hooks import parse_hook
 from steer_compile.runtime.rows import Step
 from steer_compile.runtime.vectors import SiteKey
@@ -32,22 +32,32 @@ class CaptureLog:
 
     Attributes:
         steps: the values of each call by site.
+        calls: phase and positions of each call, None where they are not known.
     """
 
     def __init__(self) -> None:
         self.steps: list[dict[SiteKey, torch.Tensor]] = []
+        self.calls: list[Step | None] = []
 
-    def take(self, values: Mapping[SiteKey, torch.Tensor], shape: tuple[int, int], continued: bool) -> None:
+    def take(
+        self,
+        values: Mapping[SiteKey, torch.Tensor],
+        shape: tuple[int, int],
+        continued: bool,
+        call: Step | None = None,
+    ) -> None:
         """Copy the values of one graph, each ``(batch * length, width)``.
 
         Args:
             continued: the graph is a further part of the model, in the same call as the graph before it.
+            call: phase and positions of the call.
         """
         copies = {key: value.clone().view(*shape, value.size(-1)) for key, value in values.items()}
         if continued and self.steps:
             self.steps[-1].update(copies)
         else:
             self.steps.append(copies)
+            self.calls.append(call)
 
     def __getitem__(self, site: SiteKey) -> torch.Tensor:
         key = (parse_hook(site[0]), site[1])
@@ -60,6 +70,34 @@ class CaptureLog:
         if len(batches) > 1:
             raise SiteNotFound(f"the calls had batches of {batches} sequences; read log.steps[i][{key!r}] call by call")
         return torch.cat([step[key] for step in self.steps], dim=1)
+
+    def row(self, site: SiteKey, request: int | str, position: int) -> torch.Tensor:
+        """The value (H,) of one token, as the last call that computed it stored it.
+
+        Args:
+            request: number of the batch element.
+            position: absolute position in its sequence, padding left out.
+
+        Raises:
+            NotSteered: nothing was captured yet. SiteNotFound: the site is not captured. CaptureError: no such element
+                or position.
+        """
+        key, element = (parse_hook(site[0]), site[1]), int(request) if str(request).isdecimal() else -1
+        if not self.steps or key not in self.steps[0]:
+            self[key]
+        seen: list[int] = []
+        for values, call in zip(reversed(self.steps), reversed(self.calls), strict=True):
+            if key in values and call is not None and 0 <= element < call.batch:
+                first, begin, end = call.span(element)
+                if begin <= position < end:
+                    return values[key][element, position - first]
+                seen += [begin, end - 1] if begin < end else []
+        if not seen:
+            raise CaptureError(f"the log has no batch element {request!r}; it has {self.steps[0][key].size(0)} of them")
+        raise CaptureError(
+            f"position {position} of batch element {element} is not in the log of layers.{key[1]}.{key[0]}; it has "
+            f"positions {min(seen)} to {max(seen)}; capture a call that computes it"
+        )
 
     def __iter__(self) -> Iterator[SiteKey]:
         return iter(self.steps[0] if self.steps else {})

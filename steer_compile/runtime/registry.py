@@ -15,6 +15,7 @@ from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.gates import Monitor, SiteLike, clamps_by_site
 from steer_compile.runtime.named import NamedVectors
 from steer_compile.runtime.override_rows import OverrideRows
+from steer_compile.runtime.patching import SitePatches
 from steer_compile.runtime.row_store import RowStore
 from steer_compile.runtime.rows import RowKey, RowPlan
 from steer_compile.runtime.scope import Scope
@@ -54,6 +55,7 @@ class Registry:
         self._rows = RowStore(spec, self.tables, self._scope)
         self.overrides = OverrideRows(spec, self._rows, self._lock)
         self.sites = SiteState(self.tables, self._scope, self._lock)
+        self.patches = SitePatches(self.tables, self._scope)
         self.named = NamedVectors()
         self._handles: dict[int, Handle] = {}
         self._numbers = count(1)
@@ -78,8 +80,10 @@ class Registry:
             self.tables.grow(banks, device)
             self._rows.check_all()
             self.sites.check_all()
+            self.patches.check_all()
             self._rows.write_all()
             self.sites.bind()
+            self.patches.bind()
 
     # -- vectors --------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ class Step:
         start: position of the first token of the call in the padded sequence.
         prompts: prompt length of each element, padding excluded.
         pads: left padding of each element.
+        padded: length of the prompts with padding on either side.
     """
 
     batch: int
@@ -95,6 +96,16 @@ class Step:
     start: int
     prompts: tuple[int, ...]
     pads: tuple[int, ...]
+    padded: int = 0
+
+    def span(self, element: int) -> tuple[int, int, int]:
+        """Position of an element's first token in this call, and the span of positions that are no padding."""
+        prompt, pad = self.prompts[element], self.pads[element]
+        if self.phase == "decode":
+            first = self.start - max(pad, self.padded - prompt)
+            return first, max(first, 0), first + self.length
+        first = self.start - pad
+        return first, max(first, 0), max(0, min(first + self.length, prompt))
 
 
 def token_rows(step: Step, plans: Sequence[RowPlan]) -> npt.NDArray[np.int32]:
@@ -154,7 +165,7 @@ class PhaseTracker:
         pads = tuple(padded - p for p in prompts) if left else (0,) * batch
         self.position, self.fresh = start + length, False
         self._prompt, self._batch = padded, batch
-        return Step(batch, length, phase, start, prompts, pads)
+        return Step(batch, length, phase, start, prompts, pads, padded)
 
     def _place(self, phase: str, length: int) -> tuple[int, int]:
         """Position of the call's first token and padded length of the prompts."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from steer_compile.errors import NotSteered, SiteNotFound, SpecError
 from steer_compile.runtime.calls import Calls
 from steer_compile.runtime.capture import CaptureLog
+from steer_compile.runtime.patches import Patch
 from steer_compile.runtime.registry import Handle
 from steer_compile.runtime.rows import PhaseTracker
 from steer_compile.runtime.steering import Steering
@@ -98,6 +99,46 @@ class Runtime(Calls):
         finally:
             self._logs[:] = [other for other in self._logs if other is not log]
 
+    @contextmanager
+    def patch(
+        self,
+        patches: Iterable[Patch] = (),
+        *,
+        rows: Sequence[Iterable[Patch]] | None = None,
+        prompt_lengths: Sequence[int] | None = None,
+        padding: str = "left",
+        phase: str | None = None,
+    ) -> Iterator[None]:
+        """Patch the calls inside the block: put captured or other rows in place of values, token by token.
+
+        Args:
+            patches: for every sequence of the batch.
+            rows: instead: patches of each sequence, none in an empty list.
+            prompt_lengths, padding, phase: as in `steer`; inside of a `steer` block that block's hold unless given.
+
+        Raises:
+            SpecError: a block inside of another, or two patches of one value. SiteNotFound: a site without the family
+                ``patch``, or that was not captured. VectorError: another width, NaN, infinity. CaptureError: a position
+                that was not captured. TableFull: more rows at a site than the spec has ``patches``; nothing is patched
+                then. NotSteered: on leaving, if no compiled graph ran inside, or a position was never reached.
+        """
+        tracker = _tracker(prompt_lengths, padding, phase)
+        outside, calls = self.phases, self.calls
+        inner = len(self._batches) > 1 and prompt_lengths is None and phase is None
+        with self._lock:
+            self.patches.begin(patches, rows)
+        try:
+            self.phases, self._last_layer = (outside if inner else tracker), None
+            yield
+            self._prove(calls, "patched")
+            self.patches.check_reached()
+            self.check_complete()
+        finally:
+            with self._lock:
+                self.patches.end()
+            self.phases, self._last_layer = outside, None
+            self._version += 1
+
     def _prove(self, calls: int, what: str) -> None:
         if self.calls == calls:
             raise NotSteered(
@@ -119,6 +160,7 @@ class Runtime(Calls):
         with self._lock:
             self._rows.check_all(whole=True)
             self.sites.check_all(whole=True)
+            self.patches.check_all(whole=True)
 
     def status(self) -> dict[str, Any]:
         """Rows in use, named sets, calls and bytes of device memory, as plain data."""

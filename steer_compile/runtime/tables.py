@@ -20,8 +20,8 @@ _NEUTRAL = {
 """What each line of a bank of settings holds while nothing is set; other banks hold zeros."""
 
 KINDS = {
-    "add": "table", "tier": "tier", "monitor": "probe", "row_monitor": "rowprobe", "clamp": "clamp", "score": "score",
-    "memory": "state", "mlp": "mlp",
+    "patch": "patch", "add": "table", "tier": "tier", "monitor": "probe", "row_monitor": "rowprobe", "clamp": "clamp",
+    "score": "score", "memory": "state", "mlp": "mlp",
 }  # fmt: skip
 """Kind of the bank that holds the vectors of each op family."""
 
@@ -29,6 +29,7 @@ ALIGNMENT = 16
 """Bytes: each site's part of a bank begins at a multiple of them."""
 
 _NOUNS = {
+    "patch": "source",
     "add": "vector",
     "tier": "tier vector",
     "monitor": "probe",

@@ -111,6 +111,12 @@ class Settings:
 
 def _check_reach(spec: SteerSpec, controllers: bool) -> None:
     """Refuse what nothing in an engine could reach, rather than compile it in for nothing."""
+    patched = next((selection.hook for selection in spec.steer if "patch" in selection.ops), None)
+    if patched is not None:
+        raise SpecError(
+            f"the spec has the op family 'patch' at {patched}, which vLLM's requests cannot use; leave it out, and "
+            "patch a compiled model of plain PyTorch (steer_backend)"
+        )
     scored = next((selection.hook for selection in spec.steer if "score" in selection.ops), None)
     if scored is not None and not controllers:
         raise SpecError(

@@ -46,7 +46,7 @@ def copy_of(folder: Path, target: Path, weights: bool = False) -> Path:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"steer-compile {__version__}\n"
-    for verb in ("sites", "verify", "coverage", "demo"):
+    for verb in ("sites", "verify", "coverage", "demo", "patch-sweep"):
         result = run(verb, "--help")
         assert result.exit_code == 0
         assert f"Example: steer-compile {verb}" in result.stdout

@@ -10,18 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer_compile import Clamp, Handle, HookSelection, Monitor, Runtime, Steering, SteerSpec
+from steer_compile import Clamp, Handle, HookSelection, Monitor, Patch, Runtime, Steering, SteerSpec
 from steer_compile.errors import SiteNotFound, SpecError, SteerError, VectorError
 from steer_compile.ir import DECODE, GAIN, Bank, Plan, SiteTable
 from steer_compile.runtime.vectors import PHASES
 from steer_compile.spec import NEEDS, OP_FAMILIES, RESERVED_ROWS
 
-WIDTH, LAYERS, ROWS, CLAMPS, TOKENS, SEQUENCES, UNITS = 4, 2, 6, 3, 16, 9, 3
+WIDTH, LAYERS, ROWS, CLAMPS, TOKENS, SEQUENCES, UNITS, PATCHES = 4, 2, 6, 3, 16, 9, 3, 5
 LENGTH = RESERVED_ROWS + ROWS
 SITES = tuple(("post_block", n) for n in range(LAYERS))
 SITE = SITES[0]
 FREE = [-math.inf, math.inf, 0.0]
 SHAPES = {
+    "patch": [("patch", WIDTH, PATCHES + 1), ("patch_alpha", WIDTH, PATCHES + 1), ("patch_slot", 1, TOKENS)],
     "add": [("table", WIDTH, LENGTH)],
     "tier": [("tier", WIDTH, 1)],
     "monitor": [("probe", WIDTH, 1), ("probe_set", 8, 1)],
@@ -51,7 +52,7 @@ def make(ops: tuple[str, ...] = OP_FAMILIES, bound: bool = True) -> Runtime:
     runtime = Runtime(
         SteerSpec(
             steer="post_block", ops=ops, rows=ROWS, max_tokens=TOKENS, clamps=CLAMPS, cross_layer=True,
-            sequences=SEQUENCES, hidden=UNITS,
+            sequences=SEQUENCES, hidden=UNITS, patches=PATCHES,
         )
     )  # fmt: skip
     return bind(runtime, ops) if bound else runtime
@@ -320,6 +321,7 @@ def test_a_refused_change_changes_nothing(
 
 
 USES: dict[str, Callable[[Runtime], object]] = {
+    "patch": lambda r: r.patches.begin([Patch(SITE, 0, axis(0))], None),
     "add": lambda r: r.set_global({SITE: axis(0)}),
     "tier": lambda r: r.set_tier({SITE: axis(0)}),
     "monitor": lambda r: r.set_monitor(SITE, axis(0)),

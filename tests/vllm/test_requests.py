@@ -164,7 +164,11 @@ def test_settings_are_read_as_they_are_written() -> None:
     assert Settings.read({}, 1, torch.float32) is None
     with pytest.raises(SpecError, match="plain data"):
         Settings.read({"steer_compile": spec}, 1, torch.float32)
-    for what, part in (("no capture_dir", {"capture": ["post_block"]}), ("'score'", {"ops": ["monitor", "score"]})):
+    for what, part in (
+        ("no capture_dir", {"capture": ["post_block"]}),
+        ("'patch'", {"ops": ["add", "patch"]}),
+        ("'score'", {"ops": ["monitor", "score"]}),
+    ):
         with pytest.raises(SpecError, match=what):
             Settings.read({"steer_compile": {"steer": ["post_block"], **part}}, 1, torch.float32)
     with pytest.raises(SpecError, match="no file"):
