@@ -16,9 +16,11 @@ SCALE = "steer_scale"
 GAIN = "steer_gain"
 DECODE = "steer_decode"
 SLOT = "steer_slot"
+CAPTURE = "steer_capture"
 """Buffer names in every instrumented graph: row of each token (T,) int32, scale of each row (R,) fp32, gain of the
 dynamic tier for each token (T,) fp32 (0 in prefill), 1 for each token that is decoded and 0 in prefill (T,) fp32, the
-line of a sequence's memory for its last token and 0 for others (T,) int32."""
+line of a sequence's memory for its last token and 0 for others (T,) int32, and of packed captures the row that each
+token goes to, -1 for none, beside its group (T, 2) int32."""
 
 
 def bank_name(index: int) -> str:
@@ -149,6 +151,8 @@ class Bank:
     ==========  =====================  =======================================================================
     table       R x H                  additive vector of each row
     capture     max_tokens x H         pristine value of each token
+    packed      (N + 1) x H            pristine values of chosen tokens; the last row takes what is not chosen
+    choice      G x 1, int32           1 for each group of tokens that is stored at the site
     tier        1 x H, fp32            vector of the dynamic tier
     probe       1 x H, fp32            direction of the site's monitor
     probe_set   1 x 8, fp32            the monitor's settings (`kernels/gates.py`)
