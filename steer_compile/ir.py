@@ -34,6 +34,31 @@ def slot_name(bank: int, index: int) -> str:
 
 
 @dataclass(frozen=True)
+class HookSchema:
+    """What one row of a hook is, whatever the graph: what is steered and captured of one token at one layer.
+
+    Attributes:
+        width: numbers of a row.
+        logical_shape: the row's own shape, of ``width`` numbers: ``(H,)``, or ``(m, H)`` where m streams lie one after
+            another.
+    """
+
+    hook: str
+    layer: int
+    width: int
+    dtype: torch.dtype
+    logical_shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.hook}"
+
+    def text(self) -> str:
+        """One line: ``layers.3.post_block : bf16[4096]``."""
+        return f"{self.name} : {dtype_text(self.dtype)}[{', '.join(map(str, self.logical_shape))}]"
+
+
+@dataclass(frozen=True)
 class Site:
     """One value of the residual stream (or of a branch) in one graph.
 
@@ -45,6 +70,7 @@ class Site:
             width m*H.
         users: names of the nodes whose reads an edit redirects; ``None`` means every later read.
         skip_users: of these, the reads on the skip path (what ``placement="after_norm"`` redirects).
+        row: shape of a row where it has more dimensions than one, such as (m, H) of parallel streams.
     """
 
     layer: int
@@ -56,10 +82,16 @@ class Site:
     layout: str
     users: tuple[str, ...] | None = None
     skip_users: tuple[str, ...] = ()
+    row: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.hook}"
+
+    @property
+    def schema(self) -> HookSchema:
+        """What a row of this site is."""
+        return HookSchema(self.hook, self.layer, self.width, self.dtype, self.row or (self.width,))
 
     def text(self) -> str:
         """One line: ``layers.3.post_block = add_7 : bf16[s0, s1, 4096] batch_first``."""
@@ -114,6 +146,10 @@ class SiteTable:
             return Miss(layer, hook, f"the graph has {span}")
         have = sorted({s.hook for s in self.sites if s.layer == layer})
         return Miss(layer, hook, f"this block has no such value; it has {', '.join(have) or 'none'}")
+
+    def schemas(self) -> tuple[HookSchema, ...]:
+        """What a row of each site is."""
+        return tuple(site.schema for site in self.sites)
 
     def where(self, keep: Callable[[Site], bool]) -> SiteTable:
         """The table with only the sites that ``keep`` accepts."""
