@@ -103,6 +103,15 @@ def test_rows_are_the_hidden_states_of_hugging_face(dtype: torch.dtype) -> None:
         assert same(rows.values[key], states[state][at])
 
 
+def test_inductor_stores_rows_without_a_copy_of_their_bank() -> None:
+    backend, run = packed(toy(), rows=11, inner="inductor")
+    _, (code,) = torch._inductor.utils.run_and_get_code(logits, run, tokens(BATCH, LENGTH))
+    assert code.count(f"(1, 12, {WIDTH})") > 0  # the banks, as inputs
+    assert f"empty_strided_cpu((1, 12, {WIDTH})" not in code
+    assert f"{12 * WIDTH}" not in code.replace(f"({12 * WIDTH}, {WIDTH}, 1)", "")  # nothing runs over a whole bank
+    assert backend.plans[0].text().count("packed") == 2 * len(SITES)
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_no_choice_compiles_again(inner: str) -> None:
     backend, run = packed(toy(), inner=inner)

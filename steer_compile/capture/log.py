@@ -57,8 +57,9 @@ class RowLog(CaptureLog):
 def rows_of(call: PackedCall) -> list[Rows]:
     """The rows of one call on the CPU: one `Rows` for each set of sites that its sequences have."""
     by_sites: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    keys_of = {sites: tuple(site for site in call.values if site in sites) for sites in set(call.sites)}
     for b, sites in enumerate(call.sites):
-        by_sites.setdefault(tuple(site for site in call.values if site in sites), []).append(b)
+        by_sites.setdefault(keys_of[sites], []).append(b)
     values = {site: value.cpu() for site, value in call.values.items()}
     ids = (
         torch.full((int(call.tokens.max(initial=-1)) + 1,), -1, device="cpu")

@@ -35,6 +35,9 @@ class _Every:
         return np.full(length, self.chosen)
 
 
+NO_TOKENS = _Every(False)
+
+
 @dataclass(frozen=True)
 class Sites:
     """A set of captured sites.
@@ -47,6 +50,9 @@ class Sites:
 
     def __contains__(self, site: SiteKey) -> bool:
         return self.names is None or site in self.names or (site[0], None) in self.names
+
+    def __bool__(self) -> bool:
+        return self.names != frozenset()
 
     def __or__(self, other: Sites) -> Sites:
         if self.names is None or other.names is None:
@@ -88,13 +94,13 @@ def demand(tokens: object = None, sites: object = None) -> Demand:
     """
     each: Choice | tuple[Choice, ...]
     if isinstance(tokens, list | tuple):
-        each = tuple(_Every(False) if item is None else _choice(item) for item in tokens)
+        each = tuple(NO_TOKENS if item is None else _choice(item) for item in tokens)
     else:
         each = _Every(True) if tokens is None else _choice(tokens)
     if isinstance(sites, list | tuple) and sites and all(_is_list(item) for item in sites):
         return Demand(each, tuple(_sites(item) for item in sites))
     chosen = _sites(sites)
-    if chosen.names == frozenset():
+    if not chosen:
         raise SpecError(f"sites={sites!r} names no site; name hooks or sites, or leave it out for all")
     return Demand(each, chosen)
 

@@ -6,7 +6,7 @@ sites; its tokens are stored there. A token that several readers choose has one 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -17,7 +17,7 @@ import torch
 
 from steer_compile.errors import CaptureError, SiteNotFound, TableFull
 from steer_compile.ir import HookSchema
-from steer_compile.runtime.demand import Choice, Demand, Sites
+from steer_compile.runtime.demand import NO_TOKENS, Choice, Demand, Sites
 from steer_compile.runtime.rows import Step
 from steer_compile.runtime.tables import TableSet, numbers
 from steer_compile.runtime.vectors import SiteKey
@@ -35,12 +35,14 @@ class Chosen:
         rows: row of each token, -1 for none, and its group (tokens, 2) int32.
         groups: sites of each group.
         readers: who asked, and which tokens of the call each gets (tokens,).
+        sites: sites that any of them asked for.
     """
 
     step: Step
     rows: npt.NDArray[np.int32]
     groups: tuple[Sites, ...]
     readers: tuple[tuple[Demand, Mask], ...]
+    sites: Sites
 
     @property
     def used(self) -> int:
@@ -73,8 +75,9 @@ class PackedCall:
     token_ids: torch.Tensor | None = None
 
     def add(self, values: Mapping[SiteKey, torch.Tensor], token_ids: torch.Tensor | None) -> None:
-        """Add what a part of the model stored."""
-        self.values.update(values)
+        """Add what a part of the model stored at the reader's sites."""
+        wanted = united(self.sites)
+        self.values.update({site: value for site, value in values.items() if site in wanted})
         self.token_ids = token_ids if self.token_ids is None else self.token_ids
 
 
@@ -98,24 +101,34 @@ def choose(step: Step, demands: Sequence[Demand], capacity: int) -> Chosen:
     groups, group = _grouped(wanted, [[sites for _, sites in of_sequences] for of_sequences in each])
     place = np.where(some, np.cumsum(some).reshape(some.shape) - 1, -1)
     rows = np.stack([place, np.where(some, group, 0)], -1).astype(np.int32).reshape(-1, 2)
-    return Chosen(step, rows, groups, tuple((one, wanted[d].ravel()) for d, one in enumerate(demands)))
+    readers = tuple((one, wanted[d].ravel()) for d, one in enumerate(demands))
+    return Chosen(step, rows, groups, readers, united(sites for of_sequences in each for _, sites in of_sequences))
+
+
+def united(sites: Iterable[Sites]) -> Sites:
+    """All sites of several sets."""
+    return reduce(or_, set(sites), Sites(frozenset()))
 
 
 def _wanted(step: Step, of_sequences: Sequence[tuple[Choice, Sites]]) -> Mask:
     """The tokens (batch, length) that one reader wants; sequences that are alike are asked for once."""
     masks: dict[tuple[int, int, int], Mask] = {}
-    lines = []
+    keys = []
     for (choice, sites), pad, prompt in zip(of_sequences, step.pads, step.prompts, strict=True):
-        key = (id(choice), pad, prompt)
-        if key not in masks:
-            masks[key] = np.asarray(choice.mask(step.start - pad, step.length, prompt), np.bool_)
-        if masks[key].shape != (step.length,):
-            raise CaptureError(
-                f"{type(choice).__name__}.mask gave {masks[key].shape} for {step.length} tokens; give one truth value "
-                "for each"
-            )
-        lines.append(masks[key] & (sites.names != frozenset()))
-    return np.stack(lines)
+        keys.append((id(choice if sites else NO_TOKENS), pad, prompt))
+        if keys[-1] not in masks:
+            masks[keys[-1]] = _mask(choice if sites else NO_TOKENS, step, pad, prompt)
+    number = {key: i for i, key in enumerate(masks)}
+    return np.stack(list(masks.values()))[[number[key] for key in keys]]
+
+
+def _mask(choice: Choice, step: Step, pad: int, prompt: int) -> Mask:
+    mask = np.asarray(choice.mask(step.start - pad, step.length, prompt), np.bool_)
+    if mask.shape != (step.length,):
+        raise CaptureError(
+            f"{type(choice).__name__}.mask gave {mask.shape} for {step.length} tokens; give one truth value for each"
+        )
+    return mask
 
 
 def _positions(step: Step) -> npt.NDArray[np.int64]:
@@ -149,8 +162,7 @@ def _grouped(wanted: Mask, sites: Sequence[Sequence[Sites]]) -> tuple[tuple[Site
     for at in first:
         b, t = divmod(int(at), wanted.shape[2])
         wants = [of[b] for of, mask in zip(sites, wanted, strict=True) if mask[b, t]]
-        union = reduce(or_, wants, Sites(frozenset()))
-        unions.append(found.setdefault(union, len(found)) if wants else 0)
+        unions.append(found.setdefault(united(wants), len(found)) if wants else 0)
     if len(found) > CAPTURE_GROUPS:
         raise TableFull(
             f"the call has tokens of {len(found)} sets of sites but packed captures have room for {CAPTURE_GROUPS}; "
@@ -214,12 +226,14 @@ class PackedRows:
             self.write(self.chosen)
 
     def stored(self, sites: Collection[SiteKey]) -> dict[SiteKey, torch.Tensor]:
-        """Copies of the rows that the call stored at ``sites``, (used, \\*logical shape) on the device."""
+        """Copies of the rows that the call stored, (used, \\*logical shape) on the device, at those of ``sites`` that
+        somebody wants."""
         if self.chosen is None:
             return {}
-        used = self.chosen.used
+        used, wanted = self.chosen.used, self.chosen.sites
         found = self._tables.captured(used, "packed")
-        return {s: found[s].clone().view(used, *self.schemas[s].logical_shape) for s in sites if s in found}
+        kept = [site for site in sites if site in found and site in wanted]
+        return {site: found[site].clone().view(used, *self.schemas[site].logical_shape) for site in kept}
 
     def call(self, reader: Demand, names: tuple[str, ...], number: int) -> PackedCall | None:
         """The current call for one of its readers, without values yet; None for who did not read when it began."""
