@@ -76,9 +76,9 @@ class Demand:
         return list(zip(_each("tokens", self.tokens, batch), _each("sites", self.sites, batch), strict=True))
 
     def named(self) -> Iterable[tuple[str, int | None]]:
-        """Every hook and site that is asked for by name."""
-        for sites in self.sites if isinstance(self.sites, tuple) else (self.sites,):
-            yield from sorted(sites.names or (), key=str)
+        """Every hook and site that is asked for by name, once."""
+        each = set(self.sites) if isinstance(self.sites, tuple) else {self.sites}
+        return sorted(set().union(*(sites.names or () for sites in each)), key=str)
 
 
 def demand(tokens: object = None, sites: object = None) -> Demand:

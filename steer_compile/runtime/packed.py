@@ -196,8 +196,9 @@ class PackedRows:
             SiteNotFound: the spec captures no such hook, or no graph has the site.
         """
         hooks, have = {s.hook for s in self._spec.capture}, self._tables.sites("packed")
+        known = {*have, *((hook, None) for hook, _ in have)}
         for hook, layer in wanted.named():
-            here = (hook, layer) in have or (layer is None and any(hook == name for name, _ in have))
+            here = (hook, layer) in known
             if hook not in hooks or (whole and not here):
                 name = hook if layer is None else f"layers.{layer}.{hook}"
                 near = ", ".join(f"layers.{n}.{h}" for h, n in have) or ", ".join(sorted(hooks))
