@@ -4,7 +4,7 @@
 
     b       = round(norm(branch)) * scale    post-norm or multiplier of the branch          (where the graph has them)
     v       = round(stream + b)              the model's own residual add                   (where the graph has it)
-    capture = v                              the pristine value
+    capture = v                              the pristine value, of every token or of chosen ones
     score   = v . probe, v . probe[r]        scores of the site's and of the row's monitor
     s       = steer(v)                       kernels/steer_rows.py: gates, rows, tier, clamps; one rounding
     normed  = norm(s)                        RMSNorm or LayerNorm of the written value      (where the graph has it)
@@ -35,10 +35,14 @@ from steer_compile.kernels.site_kernels import BIAS, EXACT, FEW, NORMS, WEIGHT, 
 from steer_compile.kernels.site_launch import FEW_TOKENS, MAX_CLAMPS, MAX_ROW, launch_options
 from steer_compile.kernels.site_wide import site_wide
 from steer_compile.kernels.steer_rows import SteerArgs, score_rows, steer_rows
+from steer_compile.kernels.store_rows import store_packed
 
 
 class Argument(NamedTuple):
-    """One tensor of the op. ``shape`` in T tokens, H width, R rows, K clamps; ``dtype``: stream, table or a name."""
+    """One tensor of the op. ``shape`` in T tokens, H width, R rows, K clamps, G groups.
+
+    ``dtype``: stream, table or a name.
+    """
 
     name: str
     shape: str
@@ -53,6 +57,8 @@ ARGUMENTS = (
     Argument("branch_weight", "H", "any"),
     Argument("branch_bias", "H", "any"),
     Argument("capture", "1 T H", "stream", written=True),  # whole: a view of it would be copied back in full
+    Argument("capture_rows", "T 2", "int32"),
+    Argument("choice", "G 1", "int32"),
     Argument("rows", "T", "int32"),
     Argument("table", "R H", "table"),
     Argument("scale", "R", "float32"),
@@ -81,7 +87,7 @@ of the branch's own norm; multiplier of the branch; whether the sum and the norm
 
 _STAGES = {
     "branch": 1, "capture": 2, "table": 4, "tier": 8, "probe": 16, "rowprobe": 32, "clamp": 64, "score": 512,
-    "gates": 1024,
+    "gates": 1024, "choice": 2048,
 }  # fmt: skip
 
 
@@ -101,6 +107,8 @@ class SiteArgs(NamedTuple):
     branch_weight: Tensor | None = None
     branch_bias: Tensor | None = None
     capture: Tensor | None = None
+    capture_rows: Tensor | None = None
+    choice: Tensor | None = None
     rows: Tensor | None = None
     table: Tensor | None = None
     scale: Tensor | None = None
@@ -170,7 +178,9 @@ def reference(a: SiteArgs) -> tuple[Tensor, Tensor]:
         b = norm_of(a.branch, a.branch_norm, a.branch_weight, a.branch_bias, a.branch_eps, a.branch_offset)
         b = b * a.branch_scale if a.branch_scale != 1 else b
         v = a.stream.to(wide) + b.to(wide) if a.exact else a.stream + b
-    if a.capture is not None:
+    if a.capture is not None and a.capture_rows is not None and a.choice is not None:
+        store_packed(v, a.capture, a.capture_rows, a.choice, v.size(0))
+    elif a.capture is not None:
         a.capture.flatten(0, -2)[: v.size(0)].copy_(v)
     if a.score is not None:
         a.score.flatten(0, -2)[: v.size(0)].copy_(score_rows(v, a.steering(), v.dtype))

@@ -16,11 +16,11 @@ from steer_compile.kernels.gate_kernels import gates_in_front, guarded, opened, 
 NORMS = {"": 0, "rms": 1, "rms_wide": 2, "layer": 3}
 WEIGHT, BIAS = 4, 8
 """Added to the kind of a norm that has a weight, or a bias."""
-BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATES = (
-    tl.constexpr(1 << i) for i in range(11)
+BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATES, PACKED = (
+    tl.constexpr(1 << i) for i in range(12)
 )
-"""Stages of a site; few tokens; whether the sum and the norm's input are left unrounded; whether scores are stored, and
-whether there are gates of sites in front."""
+"""Stages of a site; few tokens; whether the sum and the norm's input are left unrounded; whether scores are stored,
+whether there are gates of sites in front, and whether captures are of chosen tokens."""
 TILE = tl.constexpr(32768)
 """Most numbers of clamp directions that are read at once."""
 ONCE, SHARED = tl.constexpr("evict_first"), tl.constexpr("evict_last")
@@ -54,6 +54,25 @@ def write_row(pointer, cols, row, H: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(pointer + cols, row)
     else:
         tl.store(pointer + cols, row, mask=cols < H)
+
+
+@triton.jit
+def capture_place(capture_rows, choice, t, at, H: tl.constexpr, STAGES: tl.constexpr):
+    """Where a token's row of a capture begins, -1 for a token that is not chosen."""
+    if PACKED & STAGES:
+        row = read_number(capture_rows + t * 2)
+        chosen = (row >= 0) & (read_number(choice + read_number(capture_rows + t * 2 + 1)) != 0)
+        at = tl.where(chosen, tl.full((), H, tl.int64) * row, -1)
+    return at
+
+
+@triton.jit
+def write_capture(capture, place, cols, row, H: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    if PACKED & STAGES:
+        if place >= 0:
+            write_row(capture + place, cols, row, H, BLOCK)
+    elif CAPTURE & STAGES:
+        write_row(capture + place, cols, row, H, BLOCK)
 
 
 @triton.jit
@@ -220,8 +239,8 @@ def _summed(x, b, weight, bias, cols, dtype: tl.constexpr, H: tl.constexpr, BLOC
 
 @triton.jit
 def site_row(
-    h, branch, branch_weight, branch_bias, capture, rows, table, scale, tier, gain, decode, probe, probe_set,
-    rowprobe, rowprobe_set, clamp, clamp_set, gates, score, weight, bias, out, normed,
+    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
+    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, gates, score, weight, bias, out, normed,
     H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr,
     BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr, OFFSET: tl.constexpr,
@@ -239,6 +258,7 @@ def site_row(
     line = tl.full((), H, tl.int64) * r
     x = _once(h + at, cols, H, BLOCK)
     b = _once(branch + at, cols, H, BLOCK) if BRANCH & STAGES else 0.0
+    place = capture_place(capture_rows, choice, t, at, H, STAGES)
     d = read_number(decode + t) if GATED else 0.0
     tier_gain = read_number(gain + t) if TIER & STAGES else 0.0
     strength = read_number(scale + r) if ADD & STAGES else 0.0
@@ -255,8 +275,7 @@ def site_row(
         w = read_param(weight, cols, H, BLOCK, NORM & 4)
     x = _summed(x, b, branch_weight, branch_bias, cols, dtype, H, BLOCK, STAGES, BRANCH_NORM, BRANCH_EPS,
                 BRANCH_OFFSET, BRANCH_SCALE)  # fmt: skip
-    if CAPTURE & STAGES:
-        write_row(capture + at, cols, x.to(dtype), H, BLOCK)
+    write_capture(capture, place, cols, x.to(dtype), H, BLOCK, STAGES)
     if not FIRST:
         p, q = _probes(probe, rowprobe + line, cols, d, H, BLOCK, STAGES)
     dots = _projections(x, p, q, STAGES)

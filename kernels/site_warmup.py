@@ -25,9 +25,12 @@ TOKEN_COUNTS = (1, FEW_TOKENS + 1)
 
 _NEEDS = {
     "table": ("rows", "scale"), "tier": ("gain",), "probe": ("decode",), "rowprobe": ("rows", "decode"),
-    "clamp": ("rows",),
+    "clamp": ("rows",), "choice": ("capture_rows",),
 }  # fmt: skip
 """What the data of an op family is read with, by the kind of its bank."""
+
+_ARGUMENT_OF = {"packed": "capture"}
+"""Argument that takes a kind of bank, where they differ in name."""
 
 _FIXED = {"int32": torch.int32, "float32": torch.float32}
 
@@ -59,7 +62,7 @@ def variants(plan: Plan, weights: Mapping[str, torch.dtype]) -> tuple[SiteArgs, 
 def site_args(edit: Edit, plan: Plan, weights: Mapping[str, torch.dtype], tokens: int) -> SiteArgs:
     """Arguments of one site's call with ``tokens`` tokens, on the ``meta`` device; see `variants`."""
     site, fusion = edit.site, edit.fusion
-    banks = {slot.kind: plan.banks[slot.bank] for slot in edit.slots}
+    banks = {_ARGUMENT_OF.get(slot.kind, slot.kind): plan.banks[slot.bank] for slot in edit.slots}
     needed = {name for kind in banks for name in _NEEDS.get(kind, ())} | ({"gates"} if edit.gated else set())
     named = {argument: weights[node] for argument, node in _weight_nodes(fusion).items()}
     sizes = _sizes(banks, tokens, site.width)
@@ -161,7 +164,8 @@ def _sizes(banks: Mapping[str, Bank], tokens: int, width: int) -> dict[str, int]
     """Sizes by the letters of `ARGUMENTS`."""
     rows = [banks[kind].length for kind in ("table", "rowprobe") if kind in banks]
     lines = banks["clamp"].length if "clamp" in banks else 0
-    return {"T": tokens, "H": width, "R": rows[0] if rows else 1, "RK": lines}
+    groups = banks["choice"].length if "choice" in banks else 0
+    return {"T": tokens, "H": width, "R": rows[0] if rows else 1, "RK": lines, "G": groups}
 
 
 def _kind(a: SiteArgs) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from steer_compile.kernels.site_kernels import (
     TIER,
     add_branch,
     behind_monitors,
+    capture_place,
     pull_of,
     read_bounds,
     read_directions,
@@ -28,6 +29,7 @@ from steer_compile.kernels.site_kernels import (
     read_shared,
     store_scores,
     weigh,
+    write_capture,
     write_row,
 )  # fmt: skip
 
@@ -78,7 +80,7 @@ def _moved(x, vector, strength, tier, tier_gain, cols, H: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _stored_and_scored(
-    h, branch, branch_weight, branch_bias, capture, probe, rowprobe, mean, inverse, dtype: tl.constexpr,
+    h, branch, branch_weight, branch_bias, capture, place, probe, rowprobe, mean, inverse, dtype: tl.constexpr,
     H: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +91,7 @@ def _stored_and_scored(
         cols = start + tl.arange(0, BLOCK)
         x = _value(h, branch, branch_weight, branch_bias, cols, mean, inverse, dtype, H, BLOCK, STAGES, NORM, OFFSET,
                    SCALE)  # fmt: skip
-        if CAPTURE & STAGES:
-            write_row(capture, cols, x.to(dtype), H, BLOCK)
+        write_capture(capture, place, cols, x.to(dtype), H, BLOCK, STAGES)
         if MONITOR & STAGES:
             site_dots += x * read_shared(probe, cols, H, BLOCK)
         if ROW_MONITOR & STAGES:
@@ -100,8 +101,8 @@ def _stored_and_scored(
 
 @triton.jit
 def site_wide(
-    h, branch, branch_weight, branch_bias, capture, rows, table, scale, tier, gain, decode, probe, probe_set,
-    rowprobe, rowprobe_set, clamp, clamp_set, gates, score, weight, bias, out, normed,
+    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
+    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, gates, score, weight, bias, out, normed,
     H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr,
     BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr, OFFSET: tl.constexpr,
@@ -120,17 +121,17 @@ def site_wide(
     if BRANCH_NORM != 0:
         mean, inverse = _moments(branch + at, H, BLOCK, BRANCH_NORM, BRANCH_EPS)
     scores = 0.0, 0.0
+    place = capture_place(capture_rows, choice, t, at, H, STAGES)
     if (CAPTURE | MONITOR | ROW_MONITOR) & STAGES:
         scores = _stored_and_scored(
-            h + at, branch + at, branch_weight, branch_bias, capture + at, probe, rowprobe + line, mean, inverse, dtype,
-            H, BLOCK, STAGES, BRANCH_NORM, BRANCH_OFFSET, BRANCH_SCALE,
+            h + at, branch + at, branch_weight, branch_bias, capture, place, probe, rowprobe + line, mean, inverse,
+            dtype, H, BLOCK, STAGES, BRANCH_NORM, BRANCH_OFFSET, BRANCH_SCALE,
         )  # fmt: skip
     store_scores(score, t, scores, STAGES)
     monitors = read_monitors(probe_set, rowprobe_set, r, STAGES)
     factors = gates_in_front(gates, t, (GATES & STAGES) != 0)
     tier_gate, row_gate, clamp_gate = behind_monitors(scores, monitors, factors, d, STAGES)
-    strength *= row_gate
-    tier_gain *= tier_gate
+    strength, tier_gain = strength * row_gate, tier_gain * tier_gate
     # The steered value, and the projections that clamps bound; unrounded, so it is made again in the next pass.
     dots = tl.zeros([KP], tl.float32)
     if CLAMP & STAGES:

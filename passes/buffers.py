@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from steer_compile.ir import Site, Slot, bank_name, slot_name
+from steer_compile.ir import CAPTURE, Edit, Site, Slot, bank_name, slot_name
 
 
 @dataclass
@@ -45,10 +45,14 @@ class Buffers:
                 self.nodes[name] = self.graph.create_node("get_attr", name)
         return self.proxy(self.nodes[name])
 
+    def bank(self, slot: Slot) -> Any:
+        """The whole bank of a slot, as a proxy."""
+        return self.read(bank_name(slot.bank))
+
     def part(self, slot: Slot) -> Any:
-        """One site's part of a bank, as a proxy."""
-        own = slot_name(slot.bank, slot.index)
-        return self.read(own) if own in self.nodes else self.read(bank_name(slot.bank))[slot.index]
+        """The part of a bank that a slot names, as a proxy."""
+        part = slot_name(slot.bank, slot.index)
+        return self.read(part) if part in self.nodes else self.bank(slot)[slot.index]
 
     def count(self, site: Site, h: Any) -> fx.Node:
         """Number of tokens, computed at the first site of each layout."""
@@ -65,6 +69,15 @@ class Buffers:
             data = self.read(buffer).narrow(0, 0, self.proxy(self.count(site, h)))
             self._views[key] = self.lined_up(data.node, site, h, flat)
         return self._views[key]
+
+    def stored(self, edit: Edit, h: Any) -> dict[str, Any]:
+        """Where an edit's captures go: the whole bank, and what chooses tokens of a packed one; nothing without."""
+        slots = {slot.kind: slot for slot in edit.slots}
+        if "packed" not in slots:
+            return {"capture": self.bank(slots["capture"])} if "capture" in slots else {}
+        rows = self.proxy(self.per_token(CAPTURE, edit.site, h, flat=True))
+        choice = self.part(slots["choice"])
+        return {"capture": self.bank(slots["packed"]), "capture_rows": rows, "choice": choice}
 
     def lined_up(self, data: fx.Node, site: Site, h: Any, flat: bool, numbers: tuple[int, ...] = ()) -> fx.Node:
         """Data of the tokens in batch order (T, *numbers), with the leading dimensions of ``h`` unless ``flat``."""

@@ -234,9 +234,10 @@ class _Builder:
         self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...]
     ) -> None:
         dims, dtype = dims_of(node), dtype_of(node)
+        row: tuple[int, ...] = ()
         layout = layout_of(node, self._order_at(node), hook in MULTI_STREAM_HOOKS)
         if layout == "streams" and isinstance(dims[-1], int) and isinstance(dims[-2], int):
-            dims = (*dims[:-2], dims[-2] * dims[-1])
+            row, dims = (dims[-2], dims[-1]), (*dims[:-2], dims[-2] * dims[-1])
         if not layout or dtype is None or not isinstance(dims[-1], int):
             shape = ", ".join(str(d) for d in dims)
             self._miss(
@@ -246,7 +247,7 @@ class _Builder:
                 node,
             )
             return
-        self.sites.append(Site(layer, hook, node.name, dims[-1], dtype, dims[:-1], layout, users, skips))
+        self.sites.append(Site(layer, hook, node.name, dims[-1], dtype, dims[:-1], layout, users, skips, row))
 
     def _order_at(self, node: fx.Node) -> str:
         """Meaning of the stream's dimensions at this point of the graph."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -10,11 +11,11 @@ import torch
 from steer_compile.errors import LoweringError, SiteNotFound
 from steer_compile.hooks import is_stream_hook
 from steer_compile.ir import Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
-from steer_compile.spec import OP_FAMILIES, HookSelection, SteerSpec
+from steer_compile.spec import CAPTURE_GROUPS, OP_FAMILIES, HookSelection, SteerSpec
 
 DETECTING = frozenset(("monitor", "row_monitor", "score", "memory", "mlp"))
 Wanted: TypeAlias = tuple[tuple[str, ...], Site]
-STORED = ("capture", "score", "state")
+STORED = ("capture", "packed", "score", "state")
 """Kinds of banks that a graph writes."""
 BankKey: TypeAlias = tuple[str, int, torch.dtype, int]
 """Kind, width, dtype and length of a bank."""
@@ -125,17 +126,7 @@ def _placed(site: Site, spec: SteerSpec) -> Site:
     """The site with the readers that the placement redirects."""
     if spec.placement == "before_norm" or site.hook not in ("pre_attn", "post_attn") or not site.skip_users:
         return site
-    return Site(
-        site.layer,
-        site.hook,
-        site.node,
-        site.width,
-        site.dtype,
-        site.shape,
-        site.layout,
-        site.skip_users,
-        site.skip_users,
-    )
+    return replace(site, users=site.skip_users)
 
 
 def _check_tokens(sites: list[Site]) -> None:
@@ -164,8 +155,10 @@ def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKe
     """The banks that hold the data of ``ops`` at a site."""
     width, rows, table = site.width, spec.all_rows, spec.table_dtype(site.dtype)
     slots = spec.patches + 1
+    packed: list[BankKey] = [("packed", width, site.dtype, spec.capture_rows + 1)]
+    packed += [("choice", 1, torch.int32, CAPTURE_GROUPS)]
     keys: dict[str, list[BankKey]] = {
-        "capture": [("capture", width, site.dtype, spec.max_tokens)],
+        "capture": packed if spec.capture_rows else [("capture", width, site.dtype, spec.max_tokens)],
         "add": [("table", width, table, rows)],
         "patch": [
             ("patch", width, table, slots),
@@ -206,7 +199,7 @@ def _find(banks: tuple[Bank, ...], key: BankKey, site: Site) -> Slot | None:
     kind, width, dtype, length = key
     for i, bank in enumerate(banks):
         alike = (bank.kind, bank.width, bank.length) == (kind, width, length)
-        if alike and (bank.dtype == dtype or kind == "capture") and (site.hook, site.layer) in bank.sites:
+        if alike and (bank.dtype == dtype or kind in ("capture", "packed")) and (site.hook, site.layer) in bank.sites:
             return Slot(bank.kind, i, bank.sites.index((site.hook, site.layer)))
     return None
 

@@ -29,10 +29,13 @@ from steer_compile.kernels.detect import DetectArgs, detect
 from steer_compile.kernels.gates import FACTORS
 from steer_compile.kernels.patch_rows import PatchArgs, patch_rows
 from steer_compile.kernels.steer_rows import SteerArgs, score_rows, steer_rows
-from steer_compile.kernels.store_rows import store_rows
+from steer_compile.kernels.store_rows import store_packed, store_rows
 from steer_compile.passes.buffers import Buffers
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of
 from steer_compile.passes.norms import norm_of_sum
+
+CAPTURED = ("capture", "packed", "choice")
+"""Kinds of banks that a capture has."""
 
 
 def splice(gm: fx.GraphModule, plan: Plan, inputs: Mapping[str, fx.Node] | None = None) -> tuple[str, ...]:
@@ -126,8 +129,13 @@ class _Splicer:
 
     def _capture(self, edit: Edit, value: fx.Node) -> None:
         h: Any = self._proxy(self.current.get(value, value))
-        bank = self._slot(edit, "capture")
-        store_rows(_batch_order(edit.site, _flat(edit.site, h)), bank, self._proxy(self.buffers.count(edit.site, h)))
+        given = self.buffers.stored(edit, h)
+        bank = given["capture"] if "choice" in given else self.buffers.part(edit.slot("capture"))
+        lines, count = _batch_order(edit.site, _flat(edit.site, h)), self._proxy(self.buffers.count(edit.site, h))
+        if "choice" in given:
+            store_packed(lines, bank, given["capture_rows"], given["choice"], count)
+        else:
+            store_rows(lines, bank, count)
 
     def _detect(self, edit: Edit, value: fx.Node) -> None:
         """Open gates for the sites behind, of one line for each token in the order of the batch."""
@@ -152,7 +160,7 @@ class _Splicer:
             h: Any = self._proxy(self.current.get(value, value))
             found = score_rows(_flat(edit.site, h), self._steer_args(edit, h), edit.site.dtype)
             count = self._proxy(self.buffers.count(edit.site, h))
-            store_rows(_batch_order(edit.site, found), self._slot(edit, "score"), count)
+            store_rows(_batch_order(edit.site, found), self.buffers.part(edit.slot("score")), count)
         for source, group in self._sources(edit.site, value).items():
             h = self._proxy(source)
             args, clamps, total = self._steer_args(edit, h), self._clamps(edit), self._unrounded(source, group)
@@ -173,11 +181,10 @@ class _Splicer:
         """What the edit's patch makes of a value with one dimension of numbers for each token, or None."""
         if "patch" not in edit.ops:
             return None
-        tokens = self._slot(edit, "patch_slot").narrow(0, 0, self._proxy(self.buffers.count(edit.site, h)))
+        own = {kind: self.buffers.part(edit.slot(kind)) for kind in ("patch", "patch_alpha", "patch_slot")}
+        tokens = own["patch_slot"].narrow(0, 0, self._proxy(self.buffers.count(edit.site, h)))
         slots = self._proxy(self.buffers.lined_up(tokens.select(-1, 0).node, edit.site, h, False))
-        return patch_rows(
-            h, PatchArgs(self._slot(edit, "patch"), self._slot(edit, "patch_alpha"), slots), edit.site.dtype
-        )
+        return patch_rows(h, PatchArgs(own["patch"], own["patch_alpha"], slots), edit.site.dtype)
 
     def _unrounded(self, source: fx.Node, group: list[fx.Node]) -> fx.Node | None:
         """The sum behind a rounded value whose norm reads it unrounded, None where no reader of the group does."""
@@ -216,9 +223,8 @@ class _Splicer:
         stream: Any = self._proxy(operands[0])
         rows = [self._proxy(n).reshape(-1, edit.site.width) for n in operands]
         steering = self._steer_args(edit, stream, flat=True) if edit.ops != ("capture",) else SteerArgs()
-        capture = self.buffers.read(bank_name(edit.slot("capture").bank)) if "capture" in edit.ops else None
-        score = self.buffers.read(bank_name(edit.slot("score").bank)) if "score" in edit.ops else None
-        given: dict[str, Any] = {"capture": capture, "score": score}
+        score = self.buffers.bank(edit.slot("score")) if "score" in edit.ops else None
+        given: dict[str, Any] = {**self.buffers.stored(edit, stream), "score": score}
         given |= steering._asdict() | _norm_args(edit.fusion, self.by_name)
         given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": self._clamps(edit)}
         args = tuple(a.node if isinstance(a, fx.Proxy) else a for a in SiteArgs(**given))
@@ -257,7 +263,7 @@ class _Splicer:
         """The edit's banks by kind, and what each token reads of the step, as proxies."""
         site, kinds = edit.site, {slot.kind for slot in edit.slots}
         # In the order of the slots: the graph's text, and with it every compile cache's key, must not vary.
-        found = {slot.kind: self._slot(edit, slot.kind) for slot in edit.slots if slot.kind != "capture"}
+        found = {slot.kind: self.buffers.part(slot) for slot in edit.slots if slot.kind not in CAPTURED}
         tokens: dict[str, str] = {}
         if kinds & {"table", "rowprobe", "clamp"}:
             tokens["rows"] = ROWS
@@ -271,9 +277,6 @@ class _Splicer:
         if "table" in kinds:
             found["scale"] = self.buffers.read(SCALE)
         return found
-
-    def _slot(self, edit: Edit, kind: str) -> Any:
-        return self.buffers.part(edit.slot(kind))
 
     def _clamps(self, edit: Edit) -> int:
         return self.plan.clamps if "clamp" in edit.ops else 0

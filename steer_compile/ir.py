@@ -16,9 +16,11 @@ SCALE = "steer_scale"
 GAIN = "steer_gain"
 DECODE = "steer_decode"
 SLOT = "steer_slot"
+CAPTURE = "steer_capture"
 """Buffer names in every instrumented graph: row of each token (T,) int32, scale of each row (R,) fp32, gain of the
 dynamic tier for each token (T,) fp32 (0 in prefill), 1 for each token that is decoded and 0 in prefill (T,) fp32, the
-line of a sequence's memory for its last token and 0 for others (T,) int32."""
+line of a sequence's memory for its last token and 0 for others (T,) int32, and of packed captures the row that each
+token goes to, -1 for none, beside its group (T, 2) int32."""
 
 
 def bank_name(index: int) -> str:
@@ -29,6 +31,31 @@ def bank_name(index: int) -> str:
 def slot_name(bank: int, index: int) -> str:
     """Buffer name of one site's part of a bank, where graphs take the parts one by one."""
     return f"{bank_name(bank)}_{index}"
+
+
+@dataclass(frozen=True)
+class HookSchema:
+    """What one row of a hook is, whatever the graph: what is steered and captured of one token at one layer.
+
+    Attributes:
+        width: numbers of a row.
+        logical_shape: the row's own shape, of ``width`` numbers: ``(H,)``, or ``(m, H)`` where m streams lie one after
+            another.
+    """
+
+    hook: str
+    layer: int
+    width: int
+    dtype: torch.dtype
+    logical_shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.hook}"
+
+    def text(self) -> str:
+        """One line: ``layers.3.post_block : bf16[4096]``."""
+        return f"{self.name} : {dtype_text(self.dtype)}[{', '.join(map(str, self.logical_shape))}]"
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,7 @@ class Site:
             width m*H.
         users: names of the nodes whose reads an edit redirects; ``None`` means every later read.
         skip_users: of these, the reads on the skip path (what ``placement="after_norm"`` redirects).
+        row: shape of a row where it has more dimensions than one, such as (m, H) of parallel streams.
     """
 
     layer: int
@@ -54,10 +82,16 @@ class Site:
     layout: str
     users: tuple[str, ...] | None = None
     skip_users: tuple[str, ...] = ()
+    row: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.hook}"
+
+    @property
+    def schema(self) -> HookSchema:
+        """What a row of this site is."""
+        return HookSchema(self.hook, self.layer, self.width, self.dtype, self.row or (self.width,))
 
     def text(self) -> str:
         """One line: ``layers.3.post_block = add_7 : bf16[s0, s1, 4096] batch_first``."""
@@ -113,6 +147,10 @@ class SiteTable:
         have = sorted({s.hook for s in self.sites if s.layer == layer})
         return Miss(layer, hook, f"this block has no such value; it has {', '.join(have) or 'none'}")
 
+    def schemas(self) -> tuple[HookSchema, ...]:
+        """What a row of each site is."""
+        return tuple(site.schema for site in self.sites)
+
     def where(self, keep: Callable[[Site], bool]) -> SiteTable:
         """The table with only the sites that ``keep`` accepts."""
         return SiteTable(tuple(s for s in self.sites if keep(s)), self.misses, self.layers, self.partial)
@@ -149,6 +187,8 @@ class Bank:
     ==========  =====================  =======================================================================
     table       R x H                  additive vector of each row
     capture     max_tokens x H         pristine value of each token
+    packed      (N + 1) x H            pristine values of chosen tokens; the last row takes what is not chosen
+    choice      G x 1, int32           1 for each group of tokens that is stored at the site
     tier        1 x H, fp32            vector of the dynamic tier
     probe       1 x H, fp32            direction of the site's monitor
     probe_set   1 x 8, fp32            the monitor's settings (`kernels/gates.py`)

@@ -30,6 +30,8 @@ HIDDEN = 16
 """Hidden units of a probe, where the spec does not say how many."""
 PATCHES = 64
 """Rows that a site can be patched with at once, where the spec does not say how many."""
+CAPTURE_GROUPS = 64
+"""Distinct sets of sites that packed captures of one call may have."""
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)(?::(\d+))?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,6 +150,7 @@ class SpecOptions(TypedDict, total=False):
     cross_layer: bool
     hidden: int
     patches: int
+    capture_rows: int
 
 
 @dataclass(frozen=True, init=False)
@@ -178,6 +181,8 @@ class SteerSpec:
             hidden units need it.
         hidden: most hidden units of a probe (`Hidden`).
         patches: distinct rows that one site can be patched with at once.
+        capture_rows: most tokens of one call that are stored, where captures are packed: which tokens, and at which
+            sites, is then run-time data. 0: captures are dense, every token of a call at every site.
 
     Raises:
         SpecError: an unknown hook, layer selection, dtype, placement, op family or lowering, or a capacity below one.
@@ -198,6 +203,7 @@ class SteerSpec:
     cross_layer: bool
     hidden: int
     patches: int
+    capture_rows: int
 
     def __init__(
         self,
@@ -233,9 +239,15 @@ class SteerSpec:
             "cross_layer": _flag("cross_layer", options.get("cross_layer", False)),
             "hidden": _capacity("hidden", options.get("hidden", HIDDEN)),
             "patches": _capacity("patches", options.get("patches", PATCHES)),
+            "capture_rows": _capacity("capture_rows", options.get("capture_rows", 0), 0),
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
+        if self.capture_rows and not self.capture:
+            raise SpecError(
+                f"capture_rows={self.capture_rows} and the spec captures nothing; give capture=('post_block',), or "
+                "leave it out"
+            )
         alone = [s for s in self.steer if {"memory", "mlp"} & set(s.ops)]
         if alone and not self.cross_layer:
             raise SpecError(
@@ -293,6 +305,7 @@ class SteerSpec:
         }
         rarer = {"dtype": None, "overrides": 0, "sequences": SEQUENCES, "cross_layer": False, "hidden": HIDDEN}
         rarer |= {"patches": PATCHES}
+        rarer["capture_rows"] = 0
         return data | {key: vars(self)[key] for key, default in rarer.items() if vars(self)[key] != default}
 
     @classmethod

@@ -28,9 +28,10 @@ def selections(draw: st.DrawFn, least: int) -> list[HookSelection]:
 
 @st.composite
 def specs(draw: st.DrawFn) -> SteerSpec:
+    capture = draw(selections(0))
     return SteerSpec(
         steer=draw(selections(1)),
-        capture=draw(selections(0)),
+        capture=capture,
         layers=draw(LAYERS),
         rows=draw(st.integers(1, 10**6)),
         max_tokens=draw(st.integers(1, 10**7)),
@@ -42,6 +43,7 @@ def specs(draw: st.DrawFn) -> SteerSpec:
         overrides=draw(st.integers(0, 64)),
         sequences=draw(st.integers(1, 10**4)),
         cross_layer=draw(st.booleans()),
+        capture_rows=draw(st.integers(0, 4)) if capture else 0,
     )
 
 
@@ -208,7 +210,9 @@ def test_a_spec_is_frozen() -> None:
         (lambda: SteerSpec(steer="post_block", clamps=0), "clamps=0", "at least 1"),
         (lambda: SteerSpec(steer="post_block", clamps=True), "clamps=True", "whole number"),
         (lambda: SteerSpec(steer="post_block", lowering="triton"), "lowering='triton'", "choose one of auto"),
-        (lambda: SteerSpec(steer="post_block", clamp=4), "'clamp'", "the keys are capture, clamps"),  # type: ignore[call-arg]
+        (lambda: SteerSpec(capture="post_block", capture_rows=-1), "capture_rows=-1", "at least 0"),
+        (lambda: SteerSpec(steer="post_block", capture_rows=4), "capture_rows=4", "give capture=('post_block',)"),
+        (lambda: SteerSpec(steer="post_block", clamp=4), "'clamp'", "the keys are capture, capture_rows, clamps"),  # type: ignore[call-arg]
         (lambda: SteerSpec(steer="post_block", dtype="int8"), "'int8'", "choose one of float32"),
         (lambda: SteerSpec(steer="post_block", dtype=torch.float64), "float64", "choose one of float32"),
         (lambda: SteerSpec(steer="post_block", placement="norm"), "'norm'", "choose one of before_norm"),

@@ -204,10 +204,9 @@ class Pipeline:
         Returns:
             Whether everything was delivered in time.
         """
-        end = time.monotonic() + timeout
         if self._closing:
             return not any(thread.is_alive() for thread in self._threads)
-        self._closing = True
+        end, self._closing = time.monotonic() + timeout, True
         atexit.unregister(self.close)
         if not self._lock.acquire(timeout=timeout):
             self._intake.shut()

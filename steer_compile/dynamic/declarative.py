@@ -135,11 +135,12 @@ class DeclarativeGates(SteeringController):
         """One bad probe would end the step's scores of all requests, so none comes in."""
         tables = self._registry.tables
         seen, hooks = tables.sites("capture"), [selection.hook for selection in tables.spec.capture]
-        if site[0] not in hooks or (tables.device is not None and site not in seen):
+        absent = site[0] not in hooks or (tables.device is not None and site not in seen)
+        if absent or tables.spec.capture_rows:
             have = ", ".join(map(site_name, seen)) or ", ".join(hooks) or "nothing"
             raise SiteNotFound(
                 f"a gate's probe at {site_name(site)} is read between steps, and the spec captures {have}; capture "
-                "the site, or give the scope this_token"
+                "the site (without capture_rows), or give the scope this_token"
             )
         width = tables.view("capture", site).size(-1) if tables.device is not None else numbers
         if numbers != width:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from steer_compile.capture.log import RowLog
 from steer_compile.dynamic.dynamics import Dynamics
 from steer_compile.dynamic.views import NO_TOKENS, RequestView, StepView
 from steer_compile.runtime.contents import Contents
@@ -36,6 +38,12 @@ class DynamicRuntime(Runtime):
         if self._dynamic is None:
             self._dynamic = Dynamics(self, self)
         return self._dynamic
+
+    @contextmanager
+    def capture(self, tokens: object = None, sites: object = None) -> Iterator[RowLog]:
+        """As `Runtime.capture`; with ``capture_rows`` in the spec, ``log.rows`` are the chosen rows with labels."""
+        with self._collect(RowLog(self._demand(tokens, sites))) as log:
+            yield log
 
     # -- as a host ------------------------------------------------------------------------------------------------
 
@@ -108,7 +116,7 @@ class DynamicRuntime(Runtime):
         (captured, token_ids), self._unseen, self._running = self._unseen, None, False
         step, names, conversations = self._now
         values = self.tables.captured(step.batch * step.length)
-        tensors = values if self._scope.partial else {site: values[site] for site in captured}
+        tensors = values if self._scope.partial else {site: values[site] for site in captured if site in values}
         ids = token_ids.reshape(-1) if token_ids is not None else None
         requests = _requests(step, names, conversations, ids)
         scores = self.tables.captured(step.batch * step.length, "score")

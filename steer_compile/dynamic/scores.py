@@ -48,7 +48,8 @@ class ProbeBank:
         if values is None:
             have = ", ".join(f"layers.{layer}.{hook}" for hook, layer in view.tensors) or "none"
             raise SiteNotFound(
-                f"layers.{site[1]}.{site[0]} is not captured, and {have} are; add it to the spec's capture"
+                f"layers.{site[1]}.{site[0]} is not captured, and {have} are; add it to the spec's capture, "
+                "and leave capture_rows out, as controllers read every token"
             )
         probes = self._placed.get(site)
         if probes is None or probes.device != values.device:

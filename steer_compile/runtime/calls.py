@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
 from steer_compile.errors import NotSteered, SpecError, TooManyTokens
+from steer_compile.ir import Plan, SiteTable
 from steer_compile.runtime.capture import CaptureLog, Sink
+from steer_compile.runtime.packed import PackedRows, choose
 from steer_compile.runtime.registry import Handle, Registry
 from steer_compile.runtime.rows import PhaseTracker, RowPlan, Step, token_rows
 from steer_compile.runtime.vectors import SiteKey
@@ -61,6 +64,12 @@ class Calls(Registry):
         self._logs: list[CaptureLog] = []
         self.sinks: list[Sink] = []
         self._step: Step | None = None
+        self.packed = PackedRows(spec, self.tables)
+
+    def bind(self, plan: Plan, table: SiteTable, device: torch.device) -> None:
+        super().bind(plan, table, device)
+        with self._lock:
+            self.packed.schemas |= {(e.site.hook, e.site.layer): e.site.schema for e in plan.edits}
 
     def assign(
         self,
@@ -109,11 +118,15 @@ class Calls(Registry):
 
         Raises:
             TooManyTokens: more tokens than the spec has room for. NotSteered: the batch does not fit the assignment.
+            TableFull: more tokens are chosen for packed captures than they have rows. SiteNotFound: for a site that is
+                not captured.
         """
         last, shape = self._last_layer, (batch, length)
         self._continued = last is not None and first_layer > last and shape == self._shape
         self._last_layer = first_layer
         if self._continued:
+            with self._lock, torch.no_grad():
+                self.packed.refresh()
             return
         self._last_layer = None  # a call that is refused here is none that a later graph could continue
         with self._lock, torch.no_grad():
@@ -125,6 +138,8 @@ class Calls(Registry):
                 )
             if count:
                 self._set_rows(batch, length)
+            else:
+                self.packed.write(None)
             self.calls += 1
             self._last_layer, self._shape = first_layer, shape
 
@@ -139,7 +154,13 @@ class Calls(Registry):
         """Write the row of every token, unless the tables hold just these."""
         self._plans(batch)  # refused before the phase moves on
         self.patches.check_batch(batch)
-        step = self._step = self.phases.advance(batch, length)
+        demands = [log.demand for log in self._logs if log.demand is not None]
+        phases = copy(self.phases) if demands else self.phases  # a call that is refused does not move the phase on
+        step = phases.advance(batch, length)
+        for one in demands:
+            self.packed.check(one, whole=not self._scope.partial)
+        chosen = choose(step, demands, self._spec.capture_rows) if demands else None
+        self.phases, self._step = phases, step
         self._begin(step)
         for sink in self.sinks:
             sink.begin(step, self._batches[-1].names_of(batch), self.calls)
@@ -152,6 +173,7 @@ class Calls(Registry):
             self._index_key = key
         self.sites.before_call(batch, length, step.phase == "decode")
         self.patches.before_call(step)
+        self.packed.write(chosen)
 
     def after_call(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None = None) -> None:
         """Called behind each compiled graph: let open capture logs and sinks take the sites that it stored.
@@ -160,12 +182,30 @@ class Calls(Registry):
             token_ids: ids of the call's tokens (batch, length), where the graph has them.
         """
         batch, length = self._shape
+        if self._spec.capture_rows:
+            self._take_packed(captured, token_ids)
+        else:
+            self._take_dense(captured, token_ids)
+        self._end(captured, token_ids)
+
+    def _take_dense(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
+        batch, length = self._shape
         values = self.tables.captured(batch * length) if captured and (self._logs or self.sinks) else {}
         for log in list(self._logs):
             log.take({key: values[key] for key in captured}, self._shape, self._continued, self._step)
         for sink in self.sinks:
             sink.take({key: values[key] for key in captured}, token_ids, not self._scope.partial)
-        self._end(captured, token_ids)
+
+    def _take_packed(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
+        if self.packed.chosen is None:
+            return
+        values = self.packed.stored(captured)
+        ids = token_ids.reshape(-1).clone() if token_ids is not None else None
+        names = self._batches[-1].names_of(self._shape[0])
+        for log in list(self._logs):
+            begun = self.packed.call(log.demand, names, self.calls - 1) if log.demand is not None else None
+            if begun is not None:
+                log.take_packed(begun, self._continued).add(values, ids)
 
     def _begin(self, step: Step) -> None:
         """In front of a call, when its phase is known and its rows are not written."""

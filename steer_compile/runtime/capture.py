@@ -9,6 +9,8 @@ import torch
 
 from steer_compile.errors import CaptureError, NotSteered, SiteNotFound
 from steer_compile.hooks import parse_hook
+from steer_compile.runtime.demand import Demand
+from steer_compile.runtime.packed import PackedCall
 from steer_compile.runtime.rows import Step
 from steer_compile.runtime.vectors import SiteKey
 
@@ -31,13 +33,18 @@ class CaptureLog:
     """Captured values by site. ``log["post_block", 3]`` is (batch, tokens, width), the tokens of all calls in order.
 
     Attributes:
+        demand: the tokens and sites to take where captures are packed, None where they are dense.
+        steps: the values of each call by site, where captures are dense.
+        packed: the chosen rows of each call, where they are packed.
         steps: the values of each call by site.
         calls: phase and positions of each call, None where they are not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, demand: Demand | None = None) -> None:
+        self.demand = demand
         self.steps: list[dict[SiteKey, torch.Tensor]] = []
         self.calls: list[Step | None] = []
+        self.packed: list[PackedCall] = []
 
     def take(
         self,
@@ -59,8 +66,19 @@ class CaptureLog:
             self.steps.append(copies)
             self.calls.append(call)
 
+    def take_packed(self, call: PackedCall, continued: bool) -> PackedCall:
+        """Begin a call, or go on with the last one where ``continued``; returns the one that takes the values."""
+        if not (continued and self.packed and self.packed[-1].step == call.step):
+            self.packed.append(call)
+        return self.packed[-1]
+
     def __getitem__(self, site: SiteKey) -> torch.Tensor:
         key = (parse_hook(site[0]), site[1])
+        if self.demand is not None:
+            raise CaptureError(
+                f"layers.{key[1]}.{key[0]} has rows of chosen tokens alone, as the spec has capture_rows; read "
+                "log.rows, or leave capture_rows out and compile again"
+            )
         if not self.steps:
             raise NotSteered(f"layers.{key[1]}.{key[0]} was not captured: no compiled graph ran inside the block yet")
         if key not in self.steps[0]:
@@ -100,7 +118,7 @@ class CaptureLog:
         )
 
     def __iter__(self) -> Iterator[SiteKey]:
-        return iter(self.steps[0] if self.steps else {})
+        return iter(self.steps[0] if self.steps else self.packed[0].values if self.packed else {})
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) + len(self.packed)

@@ -86,7 +86,7 @@ class Step:
     Attributes:
         start: position of the first token of the call in the padded sequence.
         prompts: prompt length of each element, padding excluded.
-        pads: left padding of each element.
+        pads: padding of each element in front of the call's tokens.
         padded: length of the prompts with padding on either side.
     """
 
@@ -161,8 +161,9 @@ class PhaseTracker:
             self._check_prompts(self.prompts, batch, length if phase == "prefill" and self.told is None else None)
         start, padded = self._place(phase, length)
         prompts = self.prompts if self.prompts is not None else (padded,) * batch
-        left = self.prompts is not None and self.padding == "left"
-        pads = tuple(padded - p for p in prompts) if left else (0,) * batch
+        # What is generated behind a prompt that is padded on the right has that padding in front of it.
+        behind = self.prompts is not None and (self.padding == "left" or phase == "decode")
+        pads = tuple(padded - p for p in prompts) if behind else (0,) * batch
         self.position, self.fresh = start + length, False
         self._prompt, self._batch = padded, batch
         return Step(batch, length, phase, start, prompts, pads, padded)

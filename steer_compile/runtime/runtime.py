@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from steer_compile.errors import NotSteered, SiteNotFound, SpecError
 from steer_compile.runtime.calls import Calls
 from steer_compile.runtime.capture import CaptureLog
+from steer_compile.runtime.demand import Demand, demand
 from steer_compile.runtime.patches import Patch
 from steer_compile.runtime.registry import Handle
 from steer_compile.runtime.rows import PhaseTracker
@@ -18,6 +19,8 @@ from steer_compile.runtime.vectors import PHASES, vector_set
 from steer_compile.spec import SteerSpec
 
 __all__ = ["Handle", "Runtime"]
+
+Log = TypeVar("Log", bound=CaptureLog)
 
 
 class Runtime(Calls):
@@ -83,19 +86,48 @@ class Runtime(Calls):
                 self.release(handle)
 
     @contextmanager
-    def capture(self) -> Iterator[CaptureLog]:
+    def capture(self, tokens: object = None, sites: object = None) -> Iterator[CaptureLog]:
         """Collect what the calls inside the block store, as ``log["post_block", 3]`` of shape (batch, tokens, width).
 
+        With ``capture_rows`` in the spec, only chosen tokens are stored, and ``log.packed`` has the rows of each call.
+
+        Args:
+            tokens: the tokens to store, a `TokenSelection` or one for each sequence; None is every token, and in a list
+                no token of that sequence. Padding is never stored.
+            sites: hooks and sites to store, or a list of them for each sequence; None is all that the spec captures.
+
         Raises:
-            SpecError: the spec captures nothing. NotSteered: on leaving, if no compiled graph ran inside.
+            SpecError: the spec captures nothing, or captures densely and tokens or sites are chosen. SiteNotFound: a
+                site that is not captured. NotSteered: on leaving, if no compiled graph ran inside.
         """
+        with self._collect(CaptureLog(self._demand(tokens, sites))) as log:
+            yield log
+
+    def _demand(self, tokens: object, sites: object) -> Demand | None:
+        """What a packed capture is asked for, None where captures are dense."""
         if not self._spec.capture:
             raise SpecError("the spec captures nothing; give SteerSpec(capture=('post_block',), ...) and compile again")
-        log, calls = CaptureLog(), self.calls
+        if self._spec.capture_rows:
+            wanted = demand(tokens, sites)
+            self.packed.check(wanted, whole=False)
+            return wanted
+        if tokens is not None or sites is not None:
+            raise SpecError(
+                "tokens or sites of a capture are chosen, and the spec captures every token at every site; give "
+                "SteerSpec(capture_rows=...) and compile again, or choose from log[hook, layer]"
+            )
+        return None
+
+    @contextmanager
+    def _collect(self, log: Log) -> Iterator[Log]:
+        """Let a log take what the calls inside the block store."""
+        calls = self.calls
         self._logs.append(log)
         try:
             yield log
             self._prove(calls, "captured")
+            if log.demand is not None:
+                self.packed.check(log.demand, whole=True)
         finally:
             self._logs[:] = [other for other in self._logs if other is not log]
 
@@ -149,7 +181,7 @@ class Runtime(Calls):
 
     def check_complete(self) -> None:
         """Raise `SiteNotFound` when a site that the spec or live data names was in no compiled graph."""
-        wanted = [("capture", s) for s in self._spec.capture]
+        wanted = [("packed" if self._spec.capture_rows else "capture", s) for s in self._spec.capture]
         wanted += [(KINDS[op], s) for s in self._spec.steer for op in s.ops]
         for kind, selection in wanted:
             named = selection.layers if isinstance(selection.layers, tuple) else ()
@@ -166,6 +198,7 @@ class Runtime(Calls):
         """Rows in use, named sets, calls and bytes of device memory, as plain data."""
         with self._lock:
             tensors = [*self.tables.tensors, self.tables.rows, self.tables.scale, self.tables.gain, self.tables.decode]
+            tensors += [self.tables.chosen]
             return {
                 "rows": self._rows.in_use,
                 "rows_capacity": self._spec.rows,

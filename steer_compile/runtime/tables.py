@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from steer_compile.errors import SiteNotFound, VectorError
-from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, SLOT, Bank, bank_name
+from steer_compile.ir import CAPTURE, DECODE, GAIN, ROWS, SCALE, SLOT, Bank, bank_name
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import SteerSpec
 
@@ -40,7 +40,8 @@ _NOUNS = {
 
 
 class TableSet:
-    """Device tensors: one per bank; each token's row (T,) int32, tier gain and decode mask (T,); rows' scales (R,)."""
+    """Device tensors: one per bank; each token's row (T,) int32, tier gain and decode mask (T,); rows' scales (R,); row
+    and group of each token in packed captures (T, 2) int32."""
 
     def __init__(self, spec: SteerSpec) -> None:
         self.spec = spec
@@ -54,6 +55,7 @@ class TableSet:
         self.gain: torch.Tensor = torch.empty(0)
         self.decode: torch.Tensor = torch.empty(0)
         self.slot: torch.Tensor = torch.empty(0)
+        self.chosen: torch.Tensor = torch.empty(0)
 
     def grow(self, banks: tuple[Bank, ...], device: torch.device) -> None:
         """Allocate the banks that are new. Existing tensors stay where they are."""
@@ -65,6 +67,9 @@ class TableSet:
                 most = self.spec.max_tokens
                 self.rows, self.slot = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(2))
                 self.gain, self.decode = (torch.zeros(most, dtype=torch.float32, device=device) for _ in range(2))
+                if self.spec.capture_rows:
+                    none = torch.tensor((-1, 0), dtype=torch.int32, device=device)
+                    self.chosen = none.repeat(most, 1)
                 self.scale = torch.ones(self.spec.all_rows, dtype=torch.float32, device=device)
             for bank in banks[len(self.tensors) :]:
                 line = torch.tensor(_NEUTRAL.get(bank.kind, (0.0,)), dtype=bank.dtype, device=device)
@@ -80,6 +85,7 @@ class TableSet:
         """Tensors by the buffer names of `passes.splice`."""
         known = {bank_name(i): t for i, t in enumerate(self.tensors)} | {
             ROWS: self.rows, SCALE: self.scale, GAIN: self.gain, DECODE: self.decode, SLOT: self.slot,
+            CAPTURE: self.chosen,
         }  # fmt: skip
         return {name: known[name] for name in names}
 
@@ -169,6 +175,10 @@ class TableSet:
         """Set the memory line of the first ``slots.size`` tokens."""
         self._send(slots.ravel(), self.slot)
 
+    def choose(self, rows: npt.NDArray[np.int32]) -> None:
+        """Set the row, -1 for none, and the group of the first tokens in packed captures, given as (T, 2)."""
+        self._send(rows.ravel(), self.chosen.view(-1))
+
     def mask(self, decoded: npt.NDArray[np.bool_], gain: float) -> None:
         """Set the decode mask and the tier's gain of the first ``decoded.size`` tokens."""
         mask = decoded.astype(np.float32)
@@ -183,7 +193,8 @@ class TableSet:
         target[: source.numel()].copy_(source, non_blocking=True)
 
     def captured(self, tokens: int, kind: str = "capture") -> dict[SiteKey, torch.Tensor]:
-        """Views ``(tokens, width)`` of what the last call stored in banks of a kind (``capture`` or ``score``)."""
+        """Views of the first ``tokens`` rows ``(tokens, width)`` that the last call stored in banks of a kind:
+        ``capture`` or ``score``, or ``packed``, whose rows are those of chosen tokens."""
         found: dict[SiteKey, torch.Tensor] = {}
         for bank, tensor in zip(self.banks, self.tensors, strict=True):
             if bank.kind == kind:

@@ -110,7 +110,12 @@ class Settings:
 
 
 def _check_reach(spec: SteerSpec, controllers: bool) -> None:
-    """Refuse what nothing in an engine could reach, rather than compile it in for nothing."""
+    """Refuse what nothing in an engine could reach, rather than compile it in for nothing, and packed captures."""
+    if spec.capture_rows:
+        raise SpecError(
+            f"capture_rows={spec.capture_rows}: captures of vLLM's requests are dense in the graph, and each request's "
+            "own rows are picked from them; leave capture_rows out"
+        )
     patched = next((selection.hook for selection in spec.steer if "patch" in selection.ops), None)
     if patched is not None:
         raise SpecError(

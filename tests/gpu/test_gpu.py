@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer_compile import SteerBackend, Steering, SteerSpec, steer_backend
+from steer_compile import SteerBackend, Steering, SteerSpec, TokenSelection, steer_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -179,6 +179,28 @@ def test_capture_is_the_value_before_the_steer(model: Any, events: Any, shape: t
     with backend.runtime.capture() as steered, backend.runtime.steer(edit):
         step(x)
     assert torch.equal(steered["post_block", LAYERS - 1], unsteered["post_block", LAYERS - 1])
+    assert (events.compiled, events.recorded, events.without_graph, events.skipped) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("lowering", ["compiler", "template"])
+def test_replays_store_the_tokens_that_are_chosen(model: Any, events: Any, lowering: str) -> None:
+    room: Any = {"rows": 16, "max_tokens": 128, "capture_rows": 32, "lowering": lowering}
+    backend, x = steer_backend(SteerSpec(steer=HOOKS, capture=HOOKS, **room), mode="reduce-overhead"), ids(2, 16)
+    step = compiled(model, backend)
+    idle = warm(step, x)
+    with backend.runtime.capture() as whole:
+        step(x)
+    hidden = model(input_ids=x, use_cache=False, output_hidden_states=True).hidden_states
+    every = whole.rows
+    assert_near(every.values["layers.0.post_block"].cuda(), hidden[1].flatten(0, 1))
+    for start, at in ((3, [3, 19]), (7, [7, 23])):
+        chosen = TokenSelection(spans=((start, start + 1),))
+        with backend.runtime.capture([chosen, chosen], [("post_block", 1), "post_attn"]) as log:
+            assert torch.equal(step(x), idle)
+        rows = log.rows
+        assert rows.token_ids.tolist() == x.flatten()[at].tolist()
+        assert len(rows.values) == LAYERS + 1
+        assert all(torch.equal(value, every.values[key][at]) for key, value in rows.values.items())
     assert (events.compiled, events.recorded, events.without_graph, events.skipped) == (1, 1, 1, 0)
 
 

@@ -14,7 +14,9 @@ from steer_compile.kernels.site import SiteArgs
 FAMILIES = ("branch", "capture", "add", "tier", "monitor", "row_monitor", "clamp")
 GATED = ("gates", "score")
 """What is there beside other families only."""
-ROWS, CLAMPS = 5, 3
+PACKED = "packed"
+"""In the place of ``capture``: chosen tokens are stored."""
+ROWS, CLAMPS, GROUPS = 5, 3, 4
 
 
 @dataclass
@@ -43,6 +45,14 @@ class _Draw:
     def capture(self) -> dict[str, Tensor]:
         shape = (1, self.tokens + 3, self.width)
         return {"capture": torch.full(shape, float("nan"), dtype=self.dtype, device=self.device)}
+
+    def packed(self) -> dict[str, Tensor]:
+        """Each token has a row of its own or none, and a group of which some are stored."""
+        rows = torch.randperm(self.tokens + 2, generator=self.generator)[: self.tokens]
+        rows = torch.where(torch.rand(self.tokens, generator=self.generator) < 0.3, -1, rows)
+        groups = torch.randint(0, GROUPS, (self.tokens,), generator=self.generator)
+        choice = self.pick((0.0, 1.0), GROUPS).to(torch.int32).view(GROUPS, 1)
+        return self.capture() | {"capture_rows": torch.stack([rows, groups], 1).int().to(self.device), "choice": choice}
 
     def add(self) -> dict[str, Tensor]:
         table = self.randn(ROWS, self.width, dtype=self.table)
@@ -88,7 +98,7 @@ def site_args(
     """Arguments with the stages ``families`` and a norm. Row 0 is neutral, and some clamps are off."""
     draw = _Draw(tokens, width, dtype, table or dtype, device, torch.Generator().manual_seed(seed))
     given: dict[str, Any] = {"stream": draw.randn(tokens, width, dtype=dtype)}
-    parts = {name: getattr(draw, name) for name in (*FAMILIES, *GATED)}
+    parts = {name: getattr(draw, name) for name in (*FAMILIES, *GATED, PACKED)}
     for family in families:
         given |= parts[family]()
     if norm:

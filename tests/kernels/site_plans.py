@@ -15,9 +15,9 @@ from steer_compile.kernels.site import SiteArgs
 from steer_compile.passes.plan_edits import plan_edits
 from steer_compile.runtime.tables import TableSet
 from steer_compile.spec import OP_FAMILIES
-from tests.kernels.site_inputs import FAMILIES
+from tests.kernels.site_inputs import FAMILIES, PACKED
 
-SITES, ROWS, CLAMPS = 3, 2, 3
+SITES, ROWS, CLAMPS, CHOSEN = 3, 2, 3, 5
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FORMS = ("whole", "misaligned", "strided")
 """How a value of the stream may lie in memory."""
@@ -44,7 +44,9 @@ class Setup:
     def plan(self) -> Plan:
         """A plan of `SITES` sites, each lowered to the template."""
         ops = tuple(op for op in OP_FAMILIES if op in self.families)
-        hooks: dict[str, Any] = {"capture": ("post_block",)} if "capture" in self.families else {}
+        stored = {"capture", PACKED} & set(self.families)
+        hooks: dict[str, Any] = {"capture": ("post_block",)} if stored else {}
+        hooks |= {"capture_rows": CHOSEN} if PACKED in stored else {}
         hooks |= {"steer": ("post_block",), "ops": ops} if ops else {}
         dtype, room = DTYPE_NAMES[self.table], {"rows": ROWS, "clamps": CLAMPS, "max_tokens": self.max_tokens}
         spec = SteerSpec(**hooks, dtype=dtype, **room)  # type: ignore[arg-type]
@@ -68,7 +70,8 @@ class Setup:
 
 def tables_of(plan: Plan, device: str = "cpu") -> TableSet:
     """The runtime's own tensors for a plan."""
-    tables = TableSet(SteerSpec(steer=("post_block",), rows=ROWS, clamps=CLAMPS, max_tokens=plan.max_tokens))
+    room = {"rows": ROWS, "clamps": CLAMPS, "max_tokens": plan.max_tokens, "capture_rows": CHOSEN}
+    tables = TableSet(SteerSpec(capture=("post_block",), **room))  # type: ignore[arg-type]
     tables.grow(plan.banks, torch.device(device))
     return tables
 
@@ -90,7 +93,11 @@ def run_args(setup: Setup, plan: Plan, tables: TableSet, edit: Edit, tokens: int
         given["branch"] = value(tokens, setup.width, setup.dtype, form, device)
     for slot in edit.slots:
         whole = tables.tensors[slot.bank]
-        given[slot.kind] = whole if slot.kind == "capture" else whole[slot.index]
+        given["capture" if slot.kind == PACKED else slot.kind] = (
+            whole if slot.kind in ("capture", PACKED) else whole[slot.index]
+        )
+    if "choice" in given:
+        given["capture_rows"] = tables.chosen.narrow(0, 0, tokens)
     if given.keys() & {"table", "rowprobe", "clamp"}:
         given["rows"] = tables.rows.narrow(0, 0, tokens)
     if "table" in given:

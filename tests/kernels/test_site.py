@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from steer_compile import LoweringError
@@ -14,7 +16,7 @@ from steer_compile.kernels import site, site_kernels, site_launch
 from steer_compile.kernels.site import ARGUMENTS, OPTIONS, SiteArgs, launch, norm_of, reference
 from steer_compile.kernels.site_launch import launch_options
 from steer_compile.kernels.steer_rows import score_rows_fp64, steer_rows_fp64
-from tests.kernels.site_inputs import FAMILIES, GATED, site_args
+from tests.kernels.site_inputs import FAMILIES, GATED, PACKED, site_args
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,7 +60,13 @@ def check(a: SiteArgs) -> None:
     out, normed = launch(a)
     assert_close(out, expected, dtype)
     assert_close(normed, expected_norm, dtype, 3.0)
-    if a.capture is not None:
+    if a.capture is not None and a.choice is not None:
+        row, chosen = chosen_of(a)
+        assert_close(a.capture[0, row], value(a).double()[chosen], dtype)
+        others = torch.ones(a.capture.size(1), dtype=torch.bool, device=row.device)
+        others[row] = False
+        assert bool(a.capture[0, others].isnan().all())
+    elif a.capture is not None:
         assert_close(a.capture[0, :tokens], value(a).double(), dtype)
         assert bool(a.capture[0, tokens:].isnan().all())
     if a.score is not None:
@@ -66,6 +74,15 @@ def check(a: SiteArgs) -> None:
         found, exact = a.score[0, :tokens].double(), score_rows_fp64(value(a), a.steering())
         assert bool(((found - exact).abs() <= STEPS[dtype] * 1e-6 * size + size * (1e-2 if a.exact else 1e-6)).all())
         assert bool(a.score[0, tokens:].isnan().all())
+
+
+def chosen_of(a: SiteArgs) -> tuple[Tensor, Tensor]:
+    """Rows of the tokens that a packed capture stores, and the tokens' numbers."""
+    assert a.capture_rows is not None
+    assert a.choice is not None
+    row, group = a.capture_rows.long().unbind(1)
+    chosen = ((row >= 0) & (a.choice[group, 0] != 0)).nonzero().flatten()
+    return row[chosen], chosen
 
 
 @pytest.mark.behaviour(13)
@@ -85,6 +102,45 @@ def test_all_stages(dtype: torch.dtype, norm: str, width: int) -> None:
 @pytest.mark.usefixtures("poisoned_empty")
 def test_gates_of_other_sites_and_scores(families: tuple[str, ...], width: int) -> None:
     check(site_args(3, width, torch.float32, families, device=DEVICE))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # in the sigmoid of a score far from its threshold
+@pytest.mark.parametrize("few", [0, 1 << 30])
+@pytest.mark.parametrize(
+    "families", [(PACKED,), ("branch", PACKED), (PACKED, *FAMILIES[2:]), ("branch", PACKED, "add")]
+)
+@pytest.mark.parametrize("width", [48, 100, 17000])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_captures_of_chosen_tokens(
+    families: tuple[str, ...], width: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "FEW_TOKENS", few)
+    for seed in range(3):
+        check(site_args(9, width, torch.float32, families, device=DEVICE, seed=seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [40, 96])
+@pytest.mark.usefixtures("small_chunks")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6), tokens=st.integers(0, 9), broken=st.booleans())
+def test_packed_rows_are_the_dense_ones_bit_for_bit(
+    dtype: torch.dtype, width: int, seed: int, tokens: int, broken: bool
+) -> None:
+    a = site_args(tokens, width, dtype, ("branch", PACKED, "add"), seed=seed, device=DEVICE)
+    if broken and tokens:
+        a.stream[0] = float("nan")
+    row, chosen = chosen_of(a)
+    for run in (launch, reference):
+        assert a.capture is not None
+        packed, dense = (torch.full_like(a.capture, 7) for _ in range(2))
+        after = run(a._replace(capture=packed))
+        before = run(a._replace(capture=dense, capture_rows=None, choice=None))
+        assert torch.equal(packed[0, row].view(torch.uint8), dense[0, chosen].view(torch.uint8))
+        assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(after, before, strict=True))
+        untouched = torch.ones(packed.size(1) - 1, dtype=torch.bool)
+        untouched[row] = False
+        assert bool((packed[0, :-1][untouched] == 7).all())
 
 
 @pytest.mark.behaviour(13)
@@ -154,8 +210,8 @@ def test_one_record_is_the_source_of_the_schema() -> None:
     assert list(SiteArgs._fields) == [a.name for a in schema.arguments]
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert written == [a.name for a in ARGUMENTS if a.written]
-    full = with_branch_norm(site_args(2, 16, torch.float32, (*FAMILIES, *GATED), norm="layer"), "layer")
-    sizes = {"T": 2, "H": 16, "R": 5, "RK": 15}
+    full = with_branch_norm(site_args(2, 16, torch.float32, (*FAMILIES, *GATED, PACKED), norm="layer"), "layer")
+    sizes = {"T": 2, "H": 16, "R": 5, "RK": 15, "G": 4}
     for argument in ARGUMENTS:
         tensor = getattr(full, argument.name)
         expected = [sizes[d] if d in sizes else int(d) for d in argument.shape.split()]
@@ -163,7 +219,7 @@ def test_one_record_is_the_source_of_the_schema() -> None:
         assert argument.name in ("capture", "score") or list(tensor.shape) == expected, argument
 
 
-@pytest.mark.parametrize("families", [FAMILIES, ("branch", "add"), ("capture",)])
+@pytest.mark.parametrize("families", [FAMILIES, ("branch", "add"), ("capture",), (PACKED,)])
 def test_opcheck(families: tuple[str, ...]) -> None:
     a = site_args(3, 16, torch.float32, families)
     torch.library.opcheck(torch.ops.steer_compile.site.default, tuple(a))
@@ -196,7 +252,7 @@ def test_launch_options_hold_a_row() -> None:
 def test_the_stage_bits_agree() -> None:
     kernels = site_kernels
     bits = [kernels.BRANCH, kernels.CAPTURE, kernels.ADD, kernels.TIER, kernels.MONITOR, kernels.ROW_MONITOR]
-    more = (kernels.CLAMP, kernels.SCORE, kernels.GATES)
+    more = (kernels.CLAMP, kernels.SCORE, kernels.GATES, kernels.PACKED)
     assert [b.value for b in (*bits, *more)] == list(site._STAGES.values())
     assert kernels.FEW.value | kernels.EXACT.value == 128 | 256
 

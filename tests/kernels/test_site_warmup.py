@@ -26,7 +26,7 @@ from steer_compile.kernels.site_warmup import variants, zeros
 from steer_compile.passes import lower_edits
 from steer_compile.runtime.tables import ALIGNMENT
 from tests import _models, _tree
-from tests.kernels.site_inputs import FAMILIES
+from tests.kernels.site_inputs import FAMILIES, PACKED
 from tests.kernels.site_plans import DTYPE_NAMES, ROWS, SITES, Setup, run_args, run_time_calls, tables_of
 from tests.kernels.triton_keys import Call, key, keys, recorded
 
@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 COUNTS = (1, 2, 15, 16, 17, FEW_TOKENS, FEW_TOKENS + 1, 4096)
 WIDTHS = (64, 96, 1000, 2048, 17)
 OP_SETS = [c for n in (1, 2, 7) for c in itertools.combinations(FAMILIES, n) if c != ("branch",)]
+OP_SETS += [(PACKED,), ("branch", PACKED, "add")]
 BANKS = ("table", "tier", "probe", "probe_set", "rowprobe", "rowprobe_set", "clamp", "clamp_set", "capture")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,7 +155,7 @@ def test_digests_tell_contents_and_tokens_apart() -> None:
     assert front().checked(base).digests["prefill"] == seen[0]
 
 
-def test_settings_are_read_as_they_are_written() -> None:
+def test_settings_are_read_as_they_are_written(tmp_path: Path) -> None:
     spec = SteerSpec(steer=("post_block",), rows=3, ops=OPS)
     written = engine_args(spec)["additional_config"]
     assert json.loads(cli_config(spec)) == written
@@ -171,6 +172,9 @@ def test_settings_are_read_as_they_are_written() -> None:
     ):
         with pytest.raises(SpecError, match=what):
             Settings.read({"steer_compile": {"steer": ["post_block"], **part}}, 1, torch.float32)
+    packed = {"capture": ["post_block"], "capture_rows": 8, "capture_dir": str(tmp_path)}
+    with pytest.raises(SpecError, match="capture_rows=8: captures of vLLM's requests are dense .* leave capture_rows"):
+        Settings.read({"steer_compile": packed}, 1, torch.float32)
     with pytest.raises(SpecError, match="no file"):
         engine_args(spec, {"calm": "nowhere.safetensors"})
     assert build() == build() != ""
