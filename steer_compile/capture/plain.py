@@ -5,27 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from steer_compile.capture.consumer import Meta
+from steer_compile.capture.keeping import Keeping, Taken
 from steer_compile.capture.pipeline import Pipeline, StepRows
+from steer_compile.capture.reduce import Reduction
 from steer_compile.errors import CaptureError, NotSteered, SiteNotFound, SpecError
+from steer_compile.runtime.demand import Choice, Demand, Sites, demand
+from steer_compile.runtime.packed import PackedCall
 from steer_compile.runtime.rows import PhaseTracker, Step, real_tokens
 from steer_compile.runtime.runtime import Runtime
 from steer_compile.runtime.vectors import SiteKey, site_key
 from steer_compile.spec import SteerSpec
 
-
-class Chooses(Protocol):
-    """Which tokens are kept, such as `TokenSelection`."""
-
-    def mask(self, first: int, length: int, prompt_length: int) -> npt.NDArray[np.bool_]:
-        """Which of ``length`` tokens from position ``first`` on, behind a prompt of ``prompt_length``."""
+ROWS = Reduction()
 
 
 def spec_digest(spec: SteerSpec) -> str:
@@ -39,10 +36,11 @@ def capture_to(
     pipeline: Pipeline,
     requests: Sequence[str] | None = None,
     sites: Sequence[SiteKey | str] | None = None,
-    tokens: Chooses | Sequence[Chooses | None] | None = None,
+    tokens: Choice | Sequence[Choice | None] | None = None,
     tag: str = "",
     model: str = "",
     prompt_lengths: Sequence[int] | None = None,
+    keep: Reduction = ROWS,
 ) -> Iterator[None]:
     """Give the rows of the calls inside the block to a pipeline, each sequence as a request that ends with the block.
 
@@ -53,22 +51,26 @@ def capture_to(
         requests: names of the sequences of the batch; those of `Runtime.steer`, or "0", "1", ... where none are given.
         sites: those of the compiled ones that are kept, ``("post_block", 3)`` or ``"layers.3.post_block"``; None is
             all of them.
-        tokens: which tokens are kept, for all sequences or one for each; None is all of them.
+        tokens: which tokens are kept, such as a `TokenSelection` or a `Selection`; None is all of them. Or a list with
+            one for each sequence, in which None is no token.
         tag: of the requests.
         model: digest or name of the weights, for the files.
         prompt_lengths: tokens of each prompt where prompts are padded on the left; without it, phases and padding are
             those of a `Runtime.steer` around the block.
+        keep: what is kept of the values; a mean or a `Selection.top` is given on when its request ends.
 
     Raises:
-        SpecError: the spec captures nothing. CaptureError: names given twice, or as many as no call has sequences.
+        SpecError: the spec captures nothing, or ``keep`` does not fit. CaptureError: names given twice, or as many as
+            no call has sequences.
         NotSteered: on leaving, if no compiled graph ran inside. SiteNotFound: on leaving, if a site never ran.
     """
     if not runtime.spec.capture:
         raise SpecError("the spec captures nothing; give SteerSpec(capture=('post_block',), ...) and compile again")
     if requests is not None and len(set(requests)) < len(requests):
         raise CaptureError(f"requests={list(requests)!r} gives a name twice; give each sequence its own")
-    chosen = frozenset(map(site_key, sites)) if sites is not None else None
-    sink = _Sequences(pipeline, requests, chosen, tokens, (tag, Meta(model, spec_digest(runtime.spec))))
+    wanted = demand(tokens, None if sites is None else [site_key(site) for site in sites])
+    about = tag, Meta(model, spec_digest(runtime.spec))
+    sink = _Sequences(pipeline, requests, wanted, Keeping(keep, tokens), about)
     outside, calls, whole = runtime.phases, runtime.calls, False
     if prompt_lengths is not None:
         runtime.phases = PhaseTracker(prompts=tuple(map(int, prompt_lengths)))
@@ -96,11 +98,12 @@ class _Sequences:
         self,
         pipeline: Pipeline,
         requests: Sequence[str] | None,
-        sites: frozenset[SiteKey] | None,
-        tokens: Chooses | Sequence[Chooses | None] | None,
+        wanted: Demand,
+        keeping: Keeping,
         about: tuple[str, Meta],
     ) -> None:
-        self._pipeline, self._given, self._sites, self._tokens = pipeline, requests, sites, tokens
+        self.demand = wanted
+        self._pipeline, self._given, self._keeping = pipeline, requests, keeping
         self._tag, self._meta = about
         self._open: list[str] = []
         self._seen: set[SiteKey] = set()
@@ -109,15 +112,16 @@ class _Sequences:
         self._names: tuple[str, ...] = ()
         self._values: dict[SiteKey, Tensor] = {}
         self._ids: Tensor | None = None
+        self._packed: PackedCall | None = None
 
     def begin(self, step: Step, names: tuple[str, ...], number: int) -> None:
         self.flush()
         self._names = tuple(self._given) if self._given is not None else names
-        for what, given in (("requests", self._given), ("tokens", self._tokens)):
-            if isinstance(given, Sequence) and len(given) != step.batch:
-                raise CaptureError(
-                    f"{len(given)} {what} are given but the call has {step.batch} sequences; give one for each"
-                )
+        if self._given is not None and len(self._given) != step.batch:
+            raise CaptureError(
+                f"{len(self._given)} requests are given but the call has {step.batch} sequences; give one for each"
+            )
+        self.demand.of(step.batch)
         if step.phase == "prefill" and step.start == 0:
             self._end_all()
         for name, prompt in zip(self._names, step.prompts, strict=True):
@@ -128,41 +132,54 @@ class _Sequences:
         self._step, self._number = step, number
 
     def take(self, values: Mapping[SiteKey, Tensor], token_ids: Tensor | None, last: bool) -> None:
-        own = {site: value for site, value in values.items() if self._sites is None or site in self._sites}
-        self._values |= own
+        wanted = self.demand.sites
+        assert isinstance(wanted, Sites)
+        self._values |= {site: value for site, value in values.items() if site in wanted}
         self._ids = token_ids if token_ids is not None else self._ids
         if last:
             self.flush()
 
+    def take_packed(self, call: PackedCall, continued: bool) -> PackedCall:
+        if self._packed is None or not continued:
+            self._packed = call
+        return self._packed
+
     def flush(self) -> None:
         """Submit what the graphs of the last call stored."""
-        step, values, ids = self._step, self._values, self._ids
-        self._step, self._values, self._ids = None, {}, None
-        if step is None or not values:
-            return
-        self._seen |= set(values)
-        rows, request, positions = self._chosen(step)
-        keys = {f"layers.{layer}.{hook}": values[hook, layer] for hook, layer in values}
-        of = StepRows(self._names, request, rows, self._number)
-        if len(rows):
-            self._pipeline.submit(of, positions, keys, ids.reshape(-1) if ids is not None else None)
+        step, values, ids, packed = self._step, self._values, self._ids, self._packed
+        self._step, self._values, self._ids, self._packed = None, {}, None, None
+        if packed is not None:
+            self._give(_of_packed(packed))
+        elif step is not None and values:
+            self._give(self._chosen(step, values, ids))
 
-    def _chosen(self, step: Step) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], Tensor]:
-        """Numbers of the tokens that are kept, their requests, and the positions of all tokens."""
+    def _give(self, taken: Taken) -> None:
+        self._seen |= set(taken.values)
+        found = self._keeping.take(self._names, taken)
+        if found is not None:
+            rest, values = found
+            self._submit(self._names, rest, values)
+
+    def _submit(self, names: Sequence[str], of: Taken, values: Mapping[str, Tensor]) -> None:
+        rows = StepRows(names, of.request.astype(np.int32), of.rows, self._number)
+        self._pipeline.submit(rows, of.positions, values, of.token_ids)
+
+    def _chosen(self, step: Step, values: Mapping[SiteKey, Tensor], ids: Tensor | None) -> Taken:
+        """The tokens that are kept, of all that the last call stored."""
         kept = np.zeros((step.batch, step.length), np.bool_)
         positions = np.zeros((step.batch, step.length), np.int64)
-        for b in range(step.batch):
+        for b, (tokens, _) in enumerate(self.demand.of(step.batch)):
             span, first = real_tokens(step, b)
             own = slice(span.start, span.stop)
-            tokens = self._tokens[b] if isinstance(self._tokens, Sequence) else self._tokens
-            kept[b, own] = True if tokens is None else tokens.mask(first, len(span), step.prompts[b])
+            kept[b, own] = tokens.mask(first, len(span), step.prompts[b])
             positions[b, own] = np.arange(first, first + len(span))
         request, _ = np.nonzero(kept)
-        return np.flatnonzero(kept), request.astype(np.int32), torch.from_numpy(positions.reshape(-1))
+        labels = torch.from_numpy(positions.reshape(-1))
+        return Taken(request, np.flatnonzero(kept), labels, ids.reshape(-1) if ids is not None else None, values)
 
     def check(self) -> None:
         """Raise `SiteNotFound` for a site that was asked for and never stored."""
-        missing = sorted((self._sites or set()) - self._seen)
+        missing = [site for site in self.demand.named() if site not in self._seen]
         if missing:
             have = ", ".join(f"layers.{layer}.{hook}" for hook, layer in sorted(self._seen)) or "none"
             hook, layer = missing[0]
@@ -178,8 +195,25 @@ class _Sequences:
             for name in self._open:
                 self._pipeline.abort(name, "the block around its calls raised an error")
             self._open.clear()
+            self._keeping.forget()
 
     def _end_all(self) -> None:
         for name in self._open:
+            found = self._keeping.ended(name)
+            if found is not None:
+                self._submit((name,), *found)
             self._pipeline.end(name)
         self._open.clear()
+
+
+def _of_packed(call: PackedCall) -> Taken:
+    """Rows of a call whose graph stored the chosen tokens alone."""
+    used = max((value.size(0) for value in call.values.values()), default=0)
+    places, tokens = (torch.from_numpy(np.array(numbers, np.int64)) for numbers in (call.rows, call.tokens))
+    positions = torch.zeros(used, dtype=torch.int64).index_copy_(0, places, torch.from_numpy(call.positions))
+    ids = None
+    if call.token_ids is not None:
+        device = call.token_ids.device
+        chosen = call.token_ids.index_select(0, tokens.to(device)).to(torch.int64)
+        ids = torch.zeros(used, dtype=torch.int64, device=device).index_copy_(0, places.to(device), chosen)
+    return Taken(call.request, call.rows, positions, ids, call.values)

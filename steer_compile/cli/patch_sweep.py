@@ -47,7 +47,7 @@ def patch_sweep(
 ) -> None:
     """Patch each layer and position of a clean run into a corrupted run, in batches, and measure the answer.
 
-    Example: steer-compile patch-sweep models/demo --clean "as f: f" --corrupted "as g: g" --answer "." --metric logprob
+    Example: steer-compile patch-sweep models/demo --clean "as f: x = " --corrupted "as g: x = " --answer f
     """
     if not clean or not corrupted or not answer:
         raise typer.BadParameter("give --clean, --corrupted and --answer")

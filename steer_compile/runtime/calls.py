@@ -155,6 +155,7 @@ class Calls(Registry):
         self._plans(batch)  # refused before the phase moves on
         self.patches.check_batch(batch)
         demands = [log.demand for log in self._logs if log.demand is not None]
+        demands += [sink.demand for sink in self.sinks] if self._spec.capture_rows else []
         phases = copy(self.phases) if demands else self.phases  # a call that is refused does not move the phase on
         step = phases.advance(batch, length)
         for one in demands:
@@ -181,7 +182,6 @@ class Calls(Registry):
         Args:
             token_ids: ids of the call's tokens (batch, length), where the graph has them.
         """
-        batch, length = self._shape
         if self._spec.capture_rows:
             self._take_packed(captured, token_ids)
         else:
@@ -206,6 +206,10 @@ class Calls(Registry):
             begun = self.packed.call(log.demand, names, self.calls - 1) if log.demand is not None else None
             if begun is not None:
                 log.take_packed(begun, self._continued).add(values, ids)
+        for sink in self.sinks:
+            begun = self.packed.call(sink.demand, names, self.calls - 1)
+            if begun is not None:
+                sink.take_packed(begun, self._continued).add(values, ids)
 
     def _begin(self, step: Step) -> None:
         """In front of a call, when its phase is known and its rows are not written."""

@@ -16,7 +16,13 @@ from steer_compile.runtime.vectors import SiteKey
 
 
 class Sink(Protocol):
-    """Takes what calls capture as they go on, as in `Calls.sinks`. What it raises ends the call."""
+    """Takes what calls capture as they go on, as in `Calls.sinks`. What it raises ends the call.
+
+    Attributes:
+        demand: the tokens and sites that it wants, which are what packed captures store.
+    """
+
+    demand: Demand
 
     def begin(self, step: Step, names: tuple[str, ...], number: int) -> None:
         """In front of a call: its shape and phase, the names of its sequences, and how many calls were before."""
@@ -28,6 +34,9 @@ class Sink(Protocol):
             last: no further graph runs in this call.
         """
 
+    def take_packed(self, call: PackedCall, continued: bool) -> PackedCall:
+        """Where captures are packed: begin a call, or go on with the last one; returns the one that takes values."""
+
 
 class CaptureLog:
     """Captured values by site. ``log["post_block", 3]`` is (batch, tokens, width), the tokens of all calls in order.
@@ -36,7 +45,6 @@ class CaptureLog:
         demand: the tokens and sites to take where captures are packed, None where they are dense.
         steps: the values of each call by site, where captures are dense.
         packed: the chosen rows of each call, where they are packed.
-        steps: the values of each call by site.
         calls: phase and positions of each call, None where they are not known.
     """
 

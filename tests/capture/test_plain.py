@@ -16,6 +16,8 @@ from steer_compile.backend import SteerBackend
 from steer_compile.capture.consumers.memory import MemoryConsumer
 from steer_compile.capture.pipeline import Pipeline
 from steer_compile.capture.plain import capture_to, spec_digest
+from steer_compile.capture.reduce import Reduction
+from steer_compile.capture.selection import Selection, Top
 from steer_compile.errors import CaptureError, NotSteered, SiteNotFound, SpecError
 from steer_compile.runtime.rows import PhaseTracker, real_tokens
 from tests._models import compiled, llama, spec, tokens, toy
@@ -92,7 +94,7 @@ def test_padding_is_not_among_the_rows(memory: MemoryConsumer, inside: str) -> N
 def test_some_sites_and_some_tokens(memory: MemoryConsumer) -> None:
     model, backend = in_place(llama())
     ids = tokens(3, PROMPT)
-    chosen = [TokenSelection(last_prompt=True), None, TokenSelection(((1, 3),), generated=True)]
+    chosen = [TokenSelection(last_prompt=True), ALL, TokenSelection(((1, 3),), generated=True)]
     with Pipeline({"memory": memory}) as pipeline, torch.no_grad():
         with capture_to(backend.runtime, pipeline, sites=["layers.1.post_block"], tokens=chosen):
             generate(model, ids)
@@ -101,6 +103,57 @@ def test_some_sites_and_some_tokens(memory: MemoryConsumer) -> None:
     assert found["1"].positions.tolist() == list(range(PROMPT + NEW - 1))
     assert found["2"].positions.tolist() == [1, 2, *range(PROMPT, PROMPT + NEW - 1)]
     assert all(list(rows.values) == ["layers.1.post_block"] for rows in found.values())
+
+
+@pytest.mark.parametrize("packed", [0, 24])
+def test_reductions_and_choices(memory: MemoryConsumer, packed: int) -> None:
+    """Each sequence chooses its own tokens; what is kept of them equals the same of the whole `hidden_states`."""
+    model, backend = in_place(llama(), capture_rows=packed)
+    ids, probe = tokens(4, PROMPT), torch.linspace(-1, 1, llama().config.hidden_size)
+    site = ("post_block", 0)
+    chosen = [
+        Selection(every=3),
+        Selection(None, positions=(2, PROMPT + 1)),
+        None,
+        Selection(top=Top(3, site, probe)),
+    ]
+    keep = Reduction(["rows", "norm", "project"], {site: torch.stack([probe, probe.flip(0)])})
+    with Pipeline({"memory": memory}) as pipeline:
+        with torch.no_grad(), capture_to(backend.runtime, pipeline, "abcd", [site], chosen, keep=keep):
+            sequences = generate(model, ids)
+        assert {pipeline.wait(name)["memory"].status for name in "abcd"} == {"ok"}
+    stream = states_of(sequences[:, :-1])[1]
+    scores = stream[3].float() @ probe
+    wanted = {"a": [0, 3, 6], "b": [2, 7], "d": sorted(scores.topk(3).indices.tolist())}
+    for name, positions in wanted.items():
+        rows, b = memory.get(name), "abcd".index(name)
+        own = stream[b, positions]
+        assert rows.positions.tolist() == positions
+        assert rows.token_ids.tolist() == sequences[b, positions].tolist()
+        torch.testing.assert_close(rows.values["layers.0.post_block"], own)
+        torch.testing.assert_close(rows.values["layers.0.post_block.norm"], own.norm(dim=-1))
+        projected = torch.stack([own @ probe, own @ probe.flip(0)], -1)
+        torch.testing.assert_close(rows.values["layers.0.post_block.project"], projected)
+    with pytest.raises(CaptureError, match="no captured rows"):
+        memory.get("c")
+
+
+@pytest.mark.parametrize("packed", [0, 24])
+def test_means_are_given_on_when_requests_end(memory: MemoryConsumer, packed: int) -> None:
+    model, backend = in_place(llama(), capture_rows=packed)
+    ids, last = tokens(2, PROMPT), TokenSelection(((1, None),), generated=True)
+    with Pipeline({"memory": memory}) as pipeline:
+        with torch.no_grad(), capture_to(backend.runtime, pipeline, "ab", tokens=last, keep=Reduction("mean")):
+            sequences = generate(model, ids)
+        assert {pipeline.wait(name)["memory"].status for name in "ab"} == {"ok"}
+    states = states_of(sequences[:, :-1])
+    for b, name in enumerate("ab"):
+        rows = memory.get(name)
+        mean = states[1][b, 1:].float().mean(0, keepdim=True)
+        torch.testing.assert_close(rows.values["layers.0.post_block.mean"], mean)
+        assert rows.values["layers.0.post_block.mean.tokens"].tolist() == [PROMPT + NEW - 2]
+        assert rows.positions.tolist() == [PROMPT + NEW - 2]
+        assert rows.token_ids.tolist() == sequences[b, -2:-1].tolist()
 
 
 def test_each_generation_in_a_block_makes_requests_anew() -> None:
@@ -153,7 +206,7 @@ def test_what_is_refused(memory: MemoryConsumer) -> None:
         with pytest.raises(CaptureError, match="3 requests are given but the call has 2 sequences; give one"):  # noqa: SIM117
             with capture_to(runtime, pipeline, ["a", "b", "c"]):
                 model(ids)
-        with pytest.raises(CaptureError, match="1 tokens are given but the call has 2"):  # noqa: SIM117
+        with pytest.raises(NotSteered, match="capture has tokens for 1 sequences but the call has 2"):  # noqa: SIM117
             with capture_to(runtime, pipeline, tokens=[ALL]):
                 model(ids)
         with (
@@ -210,5 +263,5 @@ def test_every_token_has_one_position(prompts: list[int], chunks: list[int], pad
         for b, prompt in enumerate(prompts):
             span, first = real_tokens(step, b)
             assert len(span) == 1
-            assert first == (prompt if padding == "left" else longest) + i
+            assert first == prompt + i
     assert np.all(np.array([step.batch for step in steps]) == len(prompts))
