@@ -1,6 +1,6 @@
 """Whether host memory stays flat over many steps of a pipeline that writes sharded files.
 
-python -m benchmarks.capture_soak --steps 20000        # results/capture_soak.csv, results/summary.json
+python -m benchmarks.capture_soak --steps 80000        # results/capture_soak.csv, results/summary.json
 
 Requests of other lengths come and go, so that each step has rows of many. Resident memory is read after a warm-up of a
 tenth of the steps, and a line is fitted through it.
@@ -101,7 +101,7 @@ def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=80_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--width", type=int, default=1024)

@@ -34,6 +34,7 @@ class Block:
         self.size, self.filled = size, 0
         self._buffers = {name: torch.empty(size, dtype=dtype) for name, dtype in LABELS.items()}
         self._buffers |= {key: torch.empty(size, *shape, dtype=dtype) for key, dtype, shape in signature}
+        self._bytes = {name: as_bytes(buffer) for name, buffer in self._buffers.items()}
 
     @property
     def full(self) -> bool:
@@ -46,8 +47,7 @@ class Block:
             "positions": rows.positions, "token_ids": rows.token_ids, "steps": rows.steps, "request": request
         }  # fmt: skip
         for name, source in (*labels.items(), *rows.values.items()):
-            target = self._buffers[name][self.filled : self.filled + count]
-            np.copyto(as_bytes(target), as_bytes(source[first : first + count]))
+            np.copyto(self._bytes[name][self.filled : self.filled + count], as_bytes(source[first : first + count]))
         self.filled += count
         return first + count
 

@@ -5,6 +5,7 @@ torch would share them out among its threads, which wait for one another when th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,17 @@ def copied(tensor: Tensor) -> Tensor:
     """A copy of a contiguous tensor (rows, \\*row shape)."""
     found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=False)
     np.copyto(as_bytes(found), as_bytes(tensor))
+    return found
+
+
+def pieces(tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Copies of so many rows each, one behind the other."""
+    source, shape, first = as_bytes(tensor), tensor.shape[1:], 0
+    found = []
+    for count in counts:
+        flat = torch.from_numpy(source[first : first + count].copy().reshape(-1))
+        found.append(flat.view(tensor.dtype).view(count, *shape))
+        first += count
     return found
 
 

@@ -165,7 +165,7 @@ class Parts(Consumer):
             if key not in self._open:
                 self._open[key] = _Open(self._open_part(*key))
             now = self._open[key]
-            present = torch.unique(rows.request[first:]).tolist()
+            present = rows.request[first:].bincount(minlength=len(live)).nonzero().flatten().tolist()
             table = torch.full((len(live),), -1, dtype=torch.int32)
             for i in present:
                 table[i] = now.add(live[i])
@@ -175,8 +175,8 @@ class Parts(Consumer):
                 stop = now.part.append(rows, request, first)
             except (OSError, CaptureError, MemoryError, RuntimeError, ValueError) as error:
                 raise self._failed(key, error) from error
-            for number, count in zip(*request[first:stop].unique(return_counts=True), strict=True):
-                now.counts[int(number)] += int(count)
+            for number, count in enumerate(request[first:stop].bincount(minlength=len(now.counts)).tolist()):
+                now.counts[number] += count
             if stop < len(rows):
                 self._seal(key)
             first = stop

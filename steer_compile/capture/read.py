@@ -19,7 +19,7 @@ from steer_compile.capture.rows import Rows, joined
 from steer_compile.errors import CaptureError
 
 Source: TypeAlias = "str | Path | Sequence[str | Path]"
-_TRIES = 3
+_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,26 @@ class Sidecar:
     @classmethod
     def read(cls, path: Path) -> Sidecar:
         """Raises `CaptureError` for a sidecar that is missing, damaged, or names data that are not there."""
+        return cls.open(path)[0]
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[Sidecar, Mapped]:
+        """A sidecar and the data that it names, also while another process replaces both.
+
+        Raises:
+            CaptureError: one of them is missing or damaged.
+        """
+        found = cls._read(path)
         for _ in range(_TRIES):
-            found = cls._read(path)
-            if found.path.exists():  # else it was replaced meanwhile
-                return found
+            try:
+                return found, Mapped(found.path)
+            except CaptureError:
+                now = cls._read(path)
+                if now.path == found.path:  # it was not replaced meanwhile
+                    if not found.path.exists():
+                        break
+                    raise
+                found = now
         raise CaptureError(f"{path} names {found.path.name}, which is not there; capture again")
 
     @classmethod
@@ -106,9 +122,9 @@ class Sidecar:
         prefixes = tuple(f"b{i}." for i in range(len(counts))) if packed else ("",)
         return cls(path.parent / name, prefixes, counts, sites, requests)
 
-    def rows(self, keys: Iterable[str] | None = None) -> Rows:
-        """The rows, with all values or some."""
-        file = Mapped(self.path)
+    def rows(self, keys: Iterable[str] | None = None, file: Mapped | None = None) -> Rows:
+        """The rows, with all values or some, from the data that are mapped already where they are given."""
+        file = file or Mapped(self.path)
         names = tuple(self.sites) if keys is None else tuple(keys)
         positions, ids, steps = (self._joint(file, name) for name in ("positions", "token_ids", "steps"))
         one = self.prefixes == ("",)
@@ -197,9 +213,9 @@ def _load(path: Path, keys: Sequence[str] | None, have: set[str]) -> tuple[Rows,
         have |= set(sites)
         rows, data = read_parquet(path, [site for site in sites if keys is None or site in keys])
         return rows, [RequestInfo.of_json(info) for info in data]
-    side = Sidecar.read(path)
+    side, file = Sidecar.open(path)
     have |= set(side.sites)
-    return side.rows(site for site in side.sites if keys is None or site in keys), side.requests
+    return side.rows((site for site in side.sites if keys is None or site in keys), file), side.requests
 
 
 def _some(rows: Rows, wanted: Sequence[bool]) -> Rows:

@@ -237,6 +237,17 @@ def test_names_of_parquet_files(tmp_path: Path, policy: str) -> None:
     assert len(list(tmp_path.iterdir())) == (2 if policy == "suffix" else 1)
 
 
+def test_rows_of_requests_in_any_order() -> None:
+    memory = MemoryConsumer()
+    mixed = rows([("a", 0, 3), ("b", 0, 2), ("c", 0, 0)], 0, torch.bfloat16).take(torch.tensor([3, 0, 4, 1, 2]))
+    feed(memory, mixed)
+    assert_rows(memory.get("a"), "a", range(3), torch.bfloat16)
+    assert_rows(memory.get("b"), "b", range(2), torch.bfloat16)
+    with pytest.raises(CaptureError, match="no captured rows to join"):
+        memory.get("c")
+    assert memory.nbytes == sum(memory.get(name).nbytes for name in "ab")
+
+
 # -- what all have in common ------------------------------------------------------------------------------------------
 
 ALL: dict[str, Callable[[Path], Consumer]] = {

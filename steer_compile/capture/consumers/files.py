@@ -10,6 +10,7 @@ from steer_compile.capture.codec import Layout, raw
 from steer_compile.capture.consumer import Began, Consumer, Ended
 from steer_compile.capture.names import Numbers, Stems, checked_policy, in_order, slug
 from steer_compile.capture.packed import FORMAT, VERSION, PackedPart, site_info
+from steer_compile.capture.parting import parted
 from steer_compile.capture.parts import Part, Parts, Signature, signature_of
 from steer_compile.capture.rows import Rows, joined
 from steer_compile.errors import CaptureError
@@ -94,10 +95,9 @@ class PerFile(Consumer):
         self._live[begun.request], self._sizes[begun.request] = [], 0
 
     def rows(self, rows: Rows) -> None:
-        parts = [rows] if len(rows.requests) == 1 else [rows.of(name) for name in rows.requests]
-        for part in parts:
+        for part in parted(rows):
             (name,) = part.requests
-            if name in self._failed or not len(part):
+            if name in self._failed:
                 continue
             if self._used + part.nbytes > self._most:
                 self.forget(name)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steer_compile.capture.consumer import Began, Consumer, Ended
 from steer_compile.capture.copies import widened
+from steer_compile.capture.parting import parted
 from steer_compile.capture.rows import Rows, joined
 from steer_compile.errors import CaptureError, UnknownName
 
@@ -57,11 +58,10 @@ class MemoryConsumer(Consumer):
             self._live[begun.request] = []
 
     def rows(self, rows: Rows) -> None:
-        parts = [rows] if len(rows.requests) == 1 else [rows.of(name) for name in rows.requests]
         with self._lock:
-            for part in parts:
+            for part in parted(rows):
                 (name,) = part.requests
-                if len(part) and name not in self._failed and not self._keep(name, part):
+                if name not in self._failed and not self._keep(name, part):
                     self._failed.add(name)
                     self._used -= sum(r.nbytes for r in self._live[name])
                     self._live[name] = []
