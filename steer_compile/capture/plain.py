@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +26,17 @@ from steer_compile.spec import SteerSpec
 ROWS = Reduction()
 
 
+@dataclass(frozen=True)
+class About:
+    """What files say of all requests of a block: a tag, and a digest or name of the weights."""
+
+    tag: str = ""
+    model: str = ""
+
+
+NOTHING = About()
+
+
 def spec_digest(spec: SteerSpec) -> str:
     """What tells specs apart: 32 hexadecimal digits."""
     return hashlib.sha256(spec.to_json().encode()).hexdigest()[:32]
@@ -37,8 +49,7 @@ def capture_to(
     requests: Sequence[str] | None = None,
     sites: Sequence[SiteKey | str] | None = None,
     tokens: Choice | Sequence[Choice | None] | None = None,
-    tag: str = "",
-    model: str = "",
+    about: About = NOTHING,
     prompt_lengths: Sequence[int] | None = None,
     keep: Reduction = ROWS,
 ) -> Iterator[None]:
@@ -53,8 +64,7 @@ def capture_to(
             all of them.
         tokens: which tokens are kept, such as a `TokenSelection` or a `Selection`; None is all of them. Or a list with
             one for each sequence, in which None is no token.
-        tag: of the requests.
-        model: digest or name of the weights, for the files.
+        about: tag of the requests, and the model's name, for the files.
         prompt_lengths: tokens of each prompt where prompts are padded on the left; without it, phases and padding are
             those of a `Runtime.steer` around the block.
         keep: what is kept of the values; a mean or a `Selection.top` is given on when its request ends.
@@ -69,8 +79,9 @@ def capture_to(
     if requests is not None and len(set(requests)) < len(requests):
         raise CaptureError(f"requests={list(requests)!r} gives a name twice; give each sequence its own")
     wanted = demand(tokens, None if sites is None else [site_key(site) for site in sites])
-    about = tag, Meta(model, spec_digest(runtime.spec))
-    sink = _Sequences(pipeline, requests, wanted, Keeping(keep, tokens), about)
+    sink = _Sequences(
+        pipeline, requests, wanted, Keeping(keep, tokens), (about.tag, Meta(about.model, spec_digest(runtime.spec)))
+    )
     outside, calls, whole = runtime.phases, runtime.calls, False
     if prompt_lengths is not None:
         runtime.phases = PhaseTracker(prompts=tuple(map(int, prompt_lengths)))

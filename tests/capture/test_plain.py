@@ -15,7 +15,7 @@ from steer_compile import TokenSelection, steer_backend
 from steer_compile.backend import SteerBackend
 from steer_compile.capture.consumers.memory import MemoryConsumer
 from steer_compile.capture.pipeline import Pipeline
-from steer_compile.capture.plain import capture_to, spec_digest
+from steer_compile.capture.plain import About, capture_to, spec_digest
 from steer_compile.capture.reduce import Reduction
 from steer_compile.capture.selection import Selection, Top
 from steer_compile.errors import CaptureError, NotSteered, SiteNotFound, SpecError
@@ -53,7 +53,7 @@ def test_captured_rows_equal_hidden_states(memory: MemoryConsumer) -> None:
     model, backend = in_place(llama())
     ids = tokens(2, PROMPT)
     with Pipeline({"memory": memory}) as pipeline:
-        with torch.no_grad(), capture_to(backend.runtime, pipeline, ["x", "y"], tag="t", model="tiny"):
+        with torch.no_grad(), capture_to(backend.runtime, pipeline, ["x", "y"], about=About("t", "tiny")):
             sequences = generate(model, ids)
         assert {pipeline.wait(name)["memory"].status for name in "xy"} == {"ok"}
     states = states_of(sequences[:, :-1])
@@ -169,7 +169,7 @@ def test_each_generation_in_a_block_makes_requests_anew() -> None:
             return place
 
     with Pipeline({"memory": Counting()}) as pipeline, torch.no_grad():
-        with capture_to(backend.runtime, pipeline, tag="t", model="m"):
+        with capture_to(backend.runtime, pipeline, about=About("t", "m")):
             generate(model, tokens(2, PROMPT))
             generate(model, tokens(3, 3))
         results = {name: pipeline.wait(name)["memory"].status for name in "012"}
