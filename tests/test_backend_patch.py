@@ -64,6 +64,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 5e-5) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.behaviour(29)
 @pytest.mark.parametrize(("make", "inner"), [(llama, "eager"), (gpt2, "eager"), (gpt2, "inductor")])
 def test_every_hook_equals_forward_hooks(make: Callable[[], Any], inner: str) -> None:
     model, clean, corrupted = make(), tokens(2, LENGTH), tokens(2, LENGTH, seed=9)
@@ -100,6 +101,7 @@ def test_elements_patch_sites_and_positions_of_their_own() -> None:
     close(got[2], logits(model, corrupted)[2])
 
 
+@pytest.mark.behaviour(31)
 def test_all_positions_of_a_layer_give_the_clean_logits() -> None:
     model, clean, corrupted = llama(), tokens(2, LENGTH), tokens(2, LENGTH, seed=9)
     run, backend = built(model)
@@ -114,6 +116,7 @@ def test_all_positions_of_a_layer_give_the_clean_logits() -> None:
             assert torch.equal(logits(run, clean), expected)
 
 
+@pytest.mark.behaviour(28)
 def test_shares_and_dimensions() -> None:
     model, ids = llama(), tokens(2, LENGTH)
     run, backend = built(model)
@@ -132,6 +135,7 @@ def test_shares_and_dimensions() -> None:
         close(logits(run, ids), expected)
 
 
+@pytest.mark.behaviour(30)
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_idle_is_bit_equal_to_the_model_without_the_backend(inner: str) -> None:
     model, ids = toy(), tokens()
@@ -208,6 +212,7 @@ def test_gates_of_other_sites_read_the_patched_stream() -> None:
     assert behind == 0
 
 
+@pytest.mark.behaviour(27)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_are_put_in_place_exactly(dtype: torch.dtype) -> None:
     model, clean, corrupted = toy(dtype), tokens(), tokens(seed=9)
@@ -282,6 +287,7 @@ def test_the_template_leaves_patched_sites_to_the_compiler() -> None:
         logits(run, tokens())
 
 
+@pytest.mark.behaviour(30)
 def test_the_plan_of_a_patched_site() -> None:
     gm, _ = trace(llama(), tokens())
     asked = SteerSpec(steer=HookSelection("post_block", (1,), ("add", "patch")), rows=5, max_tokens=32, patches=3)

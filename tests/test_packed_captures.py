@@ -112,6 +112,7 @@ def test_inductor_stores_rows_without_a_copy_of_their_bank() -> None:
     assert backend.plans[0].text().count("packed") == 2 * len(SITES)
 
 
+@pytest.mark.behaviour(74)
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_no_choice_compiles_again(inner: str) -> None:
     backend, run = packed(toy(), inner=inner)
@@ -163,6 +164,7 @@ def test_too_many_tokens_are_refused_and_nothing_is_half_applied() -> None:
     assert not bool((runtime.tables.chosen[:, 0] >= 0).any())  # nobody reads, so nothing is stored
 
 
+@pytest.mark.behaviour(72)
 def test_two_readers_have_their_own_tokens_and_sites() -> None:
     backend, run = packed(toy(), rows=4)
     ids = tokens(BATCH, LENGTH)

@@ -28,6 +28,7 @@ def consumer(root: Path, layout: str = "per_file", **options: Any) -> Consumer:
     return make_consumer("files", root=root, layout=layout, **options)
 
 
+@pytest.mark.behaviour(77)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_written_is_read(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
@@ -78,6 +79,7 @@ def test_the_sidecar_says_what_the_file_holds(tmp_path: Path) -> None:
     assert not read(tmp_path).requests["a/b"].complete
 
 
+@pytest.mark.behaviour(77)
 def test_blocks_and_files_end_where_they_are_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "BLOCK_BYTES", 400)
     monkeypatch.setattr(packed, "MOST_BLOCKS", 3)

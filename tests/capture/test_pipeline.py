@@ -115,6 +115,7 @@ class Failing(Consumer):
         self.forgotten.append(request)
 
 
+@pytest.mark.behaviour(75)
 @pytest.mark.parametrize("where", ["began", "rows", "ended"])
 def test_a_consumer_that_raises_harms_nobody_else(making: Callable[..., Pipeline], where: str) -> None:
     failing, memory = Failing(where, "b"), MemoryConsumer()

@@ -22,6 +22,7 @@ from tests.capture._rows import assert_rows, rows, submit
 ROW = rows([("a", 0, 1)]).nbytes - 12  # the ring holds no request numbers and steps
 
 
+@pytest.mark.behaviour(76)
 def test_drop_counts_are_exact(making: Callable[..., Pipeline], gate: Gate) -> None:
     pipeline = making({"gate": gate}, policy="drop", limits=Limits(ring_bytes=4096, queue_bytes=1, items=3))
     pipeline.begin("a")
@@ -46,6 +47,7 @@ def test_drop_counts_are_exact(making: Callable[..., Pipeline], gate: Gate) -> N
     assert gate.seen == sorted(gate.seen, key=lambda seen: (seen[2], seen[0]))
 
 
+@pytest.mark.behaviour(76)
 @pytest.mark.parametrize("limits", [Limits(items=2, queue_bytes=1), Limits(ring_bytes=256, queue_bytes=1)])
 def test_block_waits_and_loses_nothing(making: Callable[..., Pipeline], gate: Gate, limits: Limits) -> None:
     pipeline = making({"gate": gate}, limits=limits)
@@ -63,6 +65,7 @@ def test_block_waits_and_loses_nothing(making: Callable[..., Pipeline], gate: Ga
     assert gate.seen == [("a", i, i) for i in range(20)]
 
 
+@pytest.mark.behaviour(76)
 def test_spilled_rows_come_back_in_order(making: Callable[..., Pipeline], gate: Gate, tmp_path: Path) -> None:
     memory = MemoryConsumer()
     pipeline = making(
@@ -87,6 +90,7 @@ def test_spilled_rows_come_back_in_order(making: Callable[..., Pipeline], gate: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.behaviour(76)
 def test_beyond_its_cap_spill_blocks(making: Callable[..., Pipeline], gate: Gate, tmp_path: Path) -> None:
     limits = Limits(ring_bytes=512, items=2, queue_bytes=1, spill_bytes=3 * 4096)
     pipeline = making({"gate": gate}, policy="spill", spill=tmp_path, limits=limits)
@@ -151,6 +155,7 @@ def test_closing_ends_what_is_open_and_refuses_more(making: Callable[..., Pipeli
             call()
 
 
+@pytest.mark.behaviour(75)
 def test_closing_takes_no_longer_than_it_may(gate: Gate) -> None:
     pipeline = Pipeline({"gate": gate}, limits=Limits(ring_bytes=256, queue_bytes=1))
     pipeline.begin("a")

@@ -29,6 +29,7 @@ def relabelled(of: Rows, **labels: Any) -> Rows:
     return Rows(**{**fields, **labels})
 
 
+@pytest.mark.behaviour(77)
 @pytest.mark.parametrize("layout", ["per_file", "packed", "sharded", "parquet"])
 def test_the_files_of_two_ranks_are_put_together(tmp_path: Path, layout: str) -> None:
     for rank, key in enumerate(KEYS):
@@ -141,6 +142,7 @@ def prompt(length: int, keys: tuple[str, ...] = KEYS) -> tuple[list[int], Rows]:
     return of.token_ids.tolist(), of
 
 
+@pytest.mark.behaviour(78)
 def test_a_store_gives_whole_prompts_or_nothing() -> None:
     store = ActivationStore(1 << 20)
     ids, of = prompt(4, KEYS[:1])
@@ -189,6 +191,7 @@ def test_keys_tell_prompts_and_sources_apart() -> None:
     assert prompt_key([1, 2], MODEL) == prompt_key((1, 2), MODEL)
 
 
+@pytest.mark.behaviour(78)
 def test_prompts_in_the_store_do_not_run_again() -> None:
     store = ActivationStore(1 << 20)
     ran: list[list[int]] = []

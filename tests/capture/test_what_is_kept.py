@@ -30,6 +30,7 @@ SELECTIONS = st.builds(
 )
 
 
+@pytest.mark.behaviour(73)
 @given(SELECTIONS, st.integers(0, 20), st.lists(st.integers(0, 9), max_size=8))
 def test_a_selection_is_the_same_in_any_steps(chosen: Selection, prompt: int, steps: list[int]) -> None:
     whole = chosen.mask(0, sum(steps), prompt)

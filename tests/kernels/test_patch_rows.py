@@ -24,6 +24,7 @@ def arguments(seed: int, dtype: torch.dtype, shape: tuple[int, ...], width: int)
     return h, PatchArgs(table, alpha, torch.randint(0, SLOTS, shape, generator=generator, dtype=torch.int32))
 
 
+@pytest.mark.behaviour(27)
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -64,6 +65,7 @@ def test_what_is_not_taken_never_leaks(seed: int, dtype: torch.dtype, bad: float
     assert torch.equal(patch_rows(whole, args, dtype)[replaced], args.table[args.slots].float()[replaced])
 
 
+@pytest.mark.behaviour(27)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_idle_keeps_every_bit(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).tiny / 4

@@ -76,6 +76,7 @@ def unfinished(runtime: Runtime, *args: Any, **kwargs: Any) -> Iterator[None]:
         raise KeyError
 
 
+@pytest.mark.behaviour(28)
 @pytest.mark.parametrize("late", [False, True], ids=["after compiling", "before compiling"])
 def test_rows_shares_and_slots(late: bool) -> None:
     runtime = make(bound=not late)

@@ -88,6 +88,7 @@ def test_metrics_go_together() -> None:
     assert [cell.value for cell in last] == pytest.approx([1.0], abs=1e-5)
 
 
+@pytest.mark.behaviour(31)
 def test_the_clean_run_into_itself_is_the_clean_run() -> None:
     same = question("logprob", corrupted=CLEAN)
     sweeper = Sweeper(toy(), LENGTH, HOOKS[:1], batch=8, inner="eager")

@@ -95,6 +95,7 @@ def check(found: Captured, judge: Any, output: Any, positions: list[int], **more
             )
 
 
+@pytest.mark.behaviour(72)
 def test_rows_of_a_mixed_batch(llm: Any, judge: Any) -> None:
     """Staggered lengths, other sites and tokens for each request, one of them steered and one that captures nothing."""
     prompts = [list(range(5 + i, 12 + 4 * i)) for i in range(5)]
@@ -119,6 +120,7 @@ def test_rows_of_a_mixed_batch(llm: Any, judge: Any) -> None:
     assert set(steered.values) == {"layers.1.post_block", "layers.2.post_block"}
 
 
+@pytest.mark.behaviour(78)
 def test_a_prefix_in_the_cache_leaves_no_row_out(llm: Any, judge: Any) -> None:
     prompt = list(range(10, 90))
     for _ in range(2):
@@ -126,6 +128,7 @@ def test_a_prefix_in_the_cache_leaves_no_row_out(llm: Any, judge: Any) -> None:
         check(captured(output, llm), judge, output, list(range(len(prompt) + 5)))
 
 
+@pytest.mark.behaviour(73)
 def test_positions_scores_and_reductions(llm: Any, judge: Any) -> None:
     """Chosen by position, by every n-th and by score; norms, projections and means, against the Hugging Face model."""
     prompts = [list(range(5 + i, 14 + 3 * i)) for i in range(5)]
@@ -226,6 +229,7 @@ def test_rows_beyond_the_room_are_dropped_and_said(models: Path, folder: Path) -
     assert captured(later, small).status == "complete"  # the room is there again
 
 
+@pytest.mark.behaviour(75)
 def test_consumers_of_an_engine(models: Path, tmp_path: Path, judge: Any) -> None:
     """Rows of several requests in one packed file by tag, with labels, digests and results; others in files as ever."""
     consumers = {

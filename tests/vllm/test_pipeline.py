@@ -28,7 +28,7 @@ def test_stages_give_what_the_whole_model_gives(name: str, more: list[str], mode
     hold_against(run(model, 1, 1, *more), run(model, 2, 1, *more))
 
 
-@pytest.mark.behaviour(81)
+@pytest.mark.behaviour(77, 81)
 def test_captured_rows_of_stages_are_merged(models: Path, tmp_path: Path) -> None:
     """Every stage writes its own layers, and the reader gives those of the whole model."""
     model, folders = engines.saved("llama", models), [tmp_path / "whole", tmp_path / "stages"]

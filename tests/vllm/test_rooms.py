@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,6 +90,7 @@ def possible(asked: tuple[Selection, str]) -> bool:
     return asked[0].top is None or asked[1] != "mean"
 
 
+@pytest.mark.behaviour(73)
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 4), min_size=3, max_size=3), st.booleans()), min_size=1, max_size=7),
     st.lists(st.tuples(SELECTIONS, st.sampled_from(sorted(KEEP))).filter(possible), min_size=3, max_size=3),
