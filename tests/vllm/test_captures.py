@@ -21,6 +21,7 @@ from steer_compile.vllm import Captured, capture_result, captured
 from tests import _tree
 from tests.vllm import engines
 from tests.vllm.engines import at, vector
+from tests.vllm.processes import REPEATING, TOKENS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -61,9 +62,8 @@ def generate(llm: Any, asked: list[Any], prompts: list[list[int]], tokens: int =
     return engines.results(llm, [{"prompt_token_ids": p} for p in prompts], params)
 
 
-def streams(judge: Any, output: Any, moved: tuple[int, Tensor] | None = None) -> tuple[list[int], dict[str, Tensor]]:
-    """Token ids that the request computed, and the pristine stream behind each block for each."""
-    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+def states(judge: Any, ids: list[int], moved: tuple[int, Tensor] | None = None) -> dict[str, Tensor]:
+    """The pristine stream behind each block for each token; behind one block a vector is added."""
     found: dict[str, Tensor] = {}
     handles = []
     for n, block in enumerate(judge.model.layers):
@@ -80,7 +80,13 @@ def streams(judge: Any, output: Any, moved: tuple[int, Tensor] | None = None) ->
         judge(torch.tensor([ids]), use_cache=False)
     for handle in handles:
         handle.remove()
-    return ids, found
+    return found
+
+
+def streams(judge: Any, output: Any, moved: tuple[int, Tensor] | None = None) -> tuple[list[int], dict[str, Tensor]]:
+    """Token ids that the request computed, and the pristine stream behind each block for each."""
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    return ids, states(judge, ids, moved)
 
 
 def check(found: Captured, judge: Any, output: Any, positions: list[int], **more: Any) -> None:
@@ -306,20 +312,28 @@ def test_an_engine_in_a_process_of_its_own_writes_too(models: Path, folder: Path
     assert json.loads(lines[-1]) == list(range(len(engines.PROMPT) + 3))
 
 
-def test_drafts_that_are_not_taken_leave_no_row(models: Path, folder: Path, judge: Any) -> None:
+def test_drafts_that_are_not_taken_leave_no_row(models: Path, tmp_path: Path, judge: Any) -> None:
     """Their positions are computed again, and the later rows count; those behind the last token are left out."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    ahead = engines.engine(engines.saved("llama", models), SPEC, capture_dir=folder, speculative_config=drafts)
-    prompts = [[7, 8, 9, 7, 8, 9, 7, 8], list(range(5, 15)), [11] * 6]
-    outputs = generate(ahead, [{"capture": {}}] * 3, prompts, tokens=24)
-    found = [captured(output, ahead) for output in outputs]
-    for rows, output, prompt in zip(found, outputs, prompts, strict=True):
-        check(rows, judge, output, list(range(len(prompt) + 23)))
-    forwards = [rows.steps.unique().numel() for rows in found]
-    assert min(forwards) < 24, "some drafts were taken"
-    for bad in ({"reduce": "mean"}, {"tokens": {"top": TOP}}):
-        with pytest.raises(SteerError, match="drafts that are not taken"):
-            generate(ahead, [{"capture": bad}], [engines.PROMPT])
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    command = [sys.executable, "-m", "tests.vllm.processes", str(engines.saved("llama", models)), "1"]
+    done = subprocess.run(
+        [*command, f"drafts={tmp_path}"], cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for rows, prompt in zip(found, REPEATING, strict=True):
+        ids = [*prompt, *rows.pop("generated").tolist()[:-1]]
+        labels = [rows.pop(name) for name in ("positions", "token_ids", "steps")]
+        assert labels[0].tolist() == list(range(len(ids)))
+        assert labels[1].tolist() == ids
+        assert labels[2].unique().numel() < TOKENS, "some drafts were taken"
+        expected = states(judge, ids)
+        for name, values in rows.items():
+            torch.testing.assert_close(values, expected[name], atol=engines.TOLERANCE, rtol=engines.TOLERANCE)
+    refused = json.loads([line for line in done.stdout.splitlines() if line.startswith("[")][-1])
+    assert len(refused) == 2
+    assert all("drafts that are not taken" in text for text in refused)
 
 
 def test_bf16(models: Path, folder: Path) -> None:
