@@ -16,7 +16,8 @@ from steer_compile.dynamic.codec import fields_of, text_of
 from steer_compile.errors import SpecError, UnknownName
 from steer_compile.vllm.captures import Kept, joined
 
-MOST_CONSUMERS = 16
+MOST_CONSUMERS, MOST_REFUSED = 16, 1024
+"""Most consumers of an engine, and most requests whose refusals are remembered."""
 _LABELS = ("positions", "token_ids", "steps")
 
 
@@ -73,6 +74,7 @@ class Consumers:
         rank = {} if stage is None else {"rank": stage}
         self._about = about
         self.stage = stage
+        self._refused: dict[str, str] = {}
         self._pipelines = {
             spec.name: Pipeline({spec.name: make_consumer(spec.consumer, **{**json.loads(spec.options), **rank})})
             for spec in specs
@@ -81,21 +83,38 @@ class Consumers:
     def put(self, kept: Kept) -> None:
         """Hand the rows of a request over that has ended; waits while the consumer has more than its pipeline holds.
 
+        What goes wrong on the way is the request's result.
+
         Raises:
-            CaptureError: the pipeline is closed.
+            CaptureError: the pipeline is closed, or too many requests have no result yet.
         """
         pipeline, name = self._pipelines[kept.asked.to], kept.asked.name
         pipeline.begin(name, kept.asked.tag, Meta(self._about.model, self._about.spec, kept.prompt))
-        found = dict(joined(kept))
+        try:
+            self._submit(pipeline, kept)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            pipeline.abort(name, f"{type(error).__name__}: {error}")
+            return
+        pipeline.end(name, kept.dropped)
+
+    def _submit(self, pipeline: Pipeline, kept: Kept) -> None:
+        found, name = dict(joined(kept)), kept.asked.name
         positions, ids, steps = (found.pop(label) for label in _LABELS)
         counted = found.pop("tokens", None)  # of a mean, which has one row
         if counted is not None:
             found |= {f"{key}.tokens": counted for key in list(found)}
-        numbers = np.arange(positions.numel(), dtype=np.int64)
-        for step in torch.unique_consecutive(steps).tolist():
-            rows = numbers[(steps == step).numpy()]
-            pipeline.submit(StepRows((name,), np.zeros(len(rows), np.int32), rows, step), positions, found, ids)
-        pipeline.end(name, kept.dropped)
+        first = 0
+        runs, counts = torch.unique_consecutive(steps, return_counts=True)
+        for step, count in zip(runs.tolist(), counts.tolist(), strict=True):
+            rows = np.arange(first, first + count, dtype=np.int64)
+            pipeline.submit(StepRows((name,), np.zeros(count, np.int32), rows, step), positions, found, ids)
+            first += count
+
+    def refused(self, kept: Kept, error: Exception) -> None:
+        """Remember why a request's rows were not taken; of the last ones only."""
+        self._refused[kept.asked.name] = f"{type(error).__name__}: {error}"
+        while len(self._refused) > MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
 
     def results(self, consumer: str, name: str) -> dict[str, str]:
         """``status``, ``text`` and ``place`` of a request's rows in a consumer; a pending one is asked to publish.
@@ -106,6 +125,8 @@ class Consumers:
         pipeline = self._pipelines.get(consumer)
         if pipeline is None:
             raise UnknownName(f"no consumer {consumer!r}; this engine has {', '.join(self._pipelines) or 'none'}")
+        if name in self._refused:
+            return {"status": "error", "text": self._refused[name], "place": ""}
         try:
             result = pipeline.results(name)[consumer]
         except UnknownName:

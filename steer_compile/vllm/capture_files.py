@@ -99,7 +99,10 @@ class Writer:
                 else:
                     _write(self._file(kept), kept)
             except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError) as error:  # the reader sees it
-                _note(self._file(kept), error)
+                if kept.asked.to:
+                    self.consumers.refused(kept, error)
+                else:
+                    _note(self._file(kept), error)
             finally:
                 self._room.let_go(kept)
                 self._queue.task_done()

@@ -114,8 +114,8 @@ class FrontEnd:
             return Checked(data, digests)
         capture = self._capture(CaptureAsked.of(asked))
         data["capture"] = capture.to_data()
-        file = file_at(self.settings.capture_dir, capture.name)
-        reference = {"name": capture.name, "to": capture.to, "file": str(file), "stages": self.stages}
+        file = "" if capture.to else str(file_at(self.settings.capture_dir, capture.name))
+        reference = {"name": capture.name, "to": capture.to, "file": file, "stages": self.stages}
         return Checked(data, digests, reference, capture.tokens.in_prompt)
 
     def _made(self, steering: Steering) -> dict[str, Contents]:
