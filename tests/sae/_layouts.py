@@ -78,7 +78,8 @@ def gemma_scope(folder: Path, **changed: Tensor) -> Path:
 def gemma_scope_2(folder: Path, tensors: Mapping[str, Tensor] | None = None, **keys: Any) -> Path:
     base = {
         "architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt", "hf_hook_point_in": "model.layers.2.output",
-        "hf_hook_point_out": "model.layers.2.output", "width": COUNT, "l0": 20, "affine_connection": False, "type": "sae",
+        "hf_hook_point_out": "model.layers.2.output", "width": COUNT, "l0": 20, "affine_connection": False,
+        "type": "sae",
     }  # fmt: skip
     own = tensors or lower(plain("threshold"))
     return save(folder, "params.safetensors", own, "config.json", **{**base, **keys})

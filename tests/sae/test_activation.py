@@ -1,5 +1,7 @@
 """Encoders against their references in fp64: exact on a grid of whole numbers, where ties and thresholds are met."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def test_encode_is_the_reference(
     kind: str, seed: int, n: int, dtype: torch.dtype, weights: torch.dtype, subtract: bool, zero_row: bool, nan: bool
 ) -> None:
-    tensors = {name: tensor.to(weights) for name, tensor in _weights.grid(seed).items()}
+    tensors: dict[str, Any] = {name: tensor.to(weights) for name, tensor in _weights.grid(seed).items()}
     sae = SAE(**tensors, activation=ACTIVATIONS[kind](seed), subtract_b_dec=subtract)
     h = _weights.whole(seed + 1, n, WIDTH).to(dtype)
     if n and zero_row:

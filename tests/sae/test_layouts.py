@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,12 @@ def test_sae_lens_before_version_6(tmp_path: Path) -> None:
     _agrees(load(_layouts.sae_lens_old(tmp_path / "a")), CENTRED.relu())
     topk = _layouts.sae_lens_old(tmp_path / "b", activation_fn_str="topk", activation_fn_kwargs={"k": 3})
     _agrees(load(topk), _topk(CENTRED))
-    oldest = {"hook_name": None, "hook_point": "blocks.4.hook_resid_pre", "hook_point_layer": 4, "architecture": None}
+    oldest: dict[str, Any] = {
+        "hook_name": None,
+        "hook_point": "blocks.4.hook_resid_pre",
+        "hook_point_layer": 4,
+        "architecture": None,
+    }
     assert load(_layouts.sae_lens_old(tmp_path / "c", **oldest)).site == ("pre_attn", 4)
 
 
@@ -147,7 +153,11 @@ def test_llama_scope_is_a_normalised_autoencoder(tmp_path: Path) -> None:
 
 
 def test_llama_scope_variants(tmp_path: Path) -> None:
-    keys = {"norm_activation": "inference", "sparsity_include_decoder_norm": False, "jump_relu_threshold": 0.0}
+    keys: dict[str, Any] = {
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": False,
+        "jump_relu_threshold": 0.0,
+    }
     file = "sae_weights.safetensors"
     topk = load(_layouts.llama_scope(tmp_path / "a", file, **keys, act_fn="topk"))
     _agrees(topk, _topk(PRE))

@@ -1,6 +1,7 @@
 """The value itself: what it checks, keeps, decodes, and when two are equal."""
 
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.sae._weights import COUNT, WIDTH
 
 
 def test_tensors_are_copies_that_keep_their_dtype() -> None:
-    own = {name: _weights.parts()[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    own: dict[str, Any] = {name: _weights.parts()[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     own["W_enc"], own["b_dec"] = own["W_enc"].bfloat16(), own["b_dec"].double()
     sae = SAE(**own, activation=TopK(2))
     assert (sae.W_enc.dtype, sae.b_dec.dtype) == (torch.bfloat16, torch.float32)
@@ -102,13 +103,13 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"activation": JumpReLU(torch.zeros(3))}, r"threshold has shape \(3,\), not \(10,\)"),
         ({"activation": Gated(torch.zeros(10), torch.full((10,), torch.nan))}, "b_mag holds NaN"),
         ({"activation": TopK(11)}, "k is 11 of 10 features; give a number from 1 to 10"),
-        ({"activation": TopK(2.5)}, "k is 2.5, not a whole number"),
+        ({"activation": TopK(2.5)}, "k is 2.5, not a whole number"),  # type: ignore[arg-type]
         ({"activation": BatchTopK(0)}, "k is 0 of 10 features"),
         ({"activation": BatchTopK(3, -1.0)}, "the threshold is -1.0; give a finite number from 0 on"),
         ({"normalisation": FactorNorm(0.0)}, "the norm factor is 0.0"),
         ({"normalisation": LayerNorm(-1.0)}, "layer norm with eps -1.0"),
     ],
 )
-def test_values_that_are_none(changes: dict[str, object], text: str) -> None:
+def test_values_that_are_none(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(SAEError, match=f"^folder/file: .*{text}"):
         replace(_weights.sae(source="folder/file"), **changes)

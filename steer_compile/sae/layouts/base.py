@@ -227,9 +227,7 @@ def read_npz(path: Path) -> Tensors:
         SAEError: it is missing, truncated, pickled or none.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise ValueError("one array, not an archive")
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # np.load leaves a bad file open
             return Tensors(path, {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files})
     except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise SAEError(f"{path} cannot be read as npz, it is truncated, pickled or another format ({error})") from error
