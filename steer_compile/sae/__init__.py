@@ -5,12 +5,12 @@ from steer_compile.sae.features import FeatureRows, features
 from steer_compile.sae.files import load, load_all, save
 from steer_compile.sae.model import SAE
 from steer_compile.sae.normalise import FactorNorm, LayerNorm, NoNorm
-from steer_compile.sae.steer import Clamp, steered_delta, steered_reconstruction
+from steer_compile.sae.steer import FeatureClamp, steered_delta, steered_reconstruction
 
 __all__ = [
     "SAE",
     "BatchTopK",
-    "Clamp",
+    "FeatureClamp",
     "FactorNorm",
     "FeatureRows",
     "Gated",

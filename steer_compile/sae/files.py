@@ -53,9 +53,9 @@ def load(
         site: hook and layer, for files that do not say, or that name a hook which is none here.
         width: the model's, which it must have.
         allow_pt: read PyTorch files, which are pickles, with the weights-only loader. They are refused otherwise.
-        norm_factor: SAELens' ``expected_average_only_in``: ``sqrt(d_model)`` by the average norm, which is not in the
-            file.
-        k: of Qwen-Scope, where no folder says it; for other layouts with a k, what it has to be.
+        norm_factor: for SAELens' ``expected_average_only_in``: ``sqrt(d_model)`` by the average norm, which is not in
+            the file.
+        k: of Qwen-Scope, where no folder says it; for other layouts, what it has to be.
         ignore: configuration keys and tensors that change nothing and may be left out.
 
     Raises:
@@ -66,7 +66,18 @@ def load(
     own = None if site is None else site_key(site)
     wanted = Wanted(name, own, width, allow_pt, norm_factor, k, _names(ignore))
     layout, file, folder = detect(Path(path))
-    return layout.read(file, folder, wanted)
+    sae = layout.read(file, folder, wanted)
+    has = {**sae.activation.settings(), **_factor(sae)}
+    for key, value in (("k", k), ("norm_factor", norm_factor)):
+        if value is not None and has.get(key) != value:
+            found = f"has {key}={has[key]}" if key in has else f"takes no {key}"
+            raise SAEError(f"{file} {found}, and {value} was asked for; leave out {key}=...")
+    return sae
+
+
+def _factor(sae: SAE) -> dict[str, float]:
+    settings = sae.normalisation.settings()
+    return {"norm_factor": settings["factor"]} if "factor" in settings else {}
 
 
 def load_all(path: str | Path, width: int | None = None) -> dict[str, SAE]:

@@ -26,7 +26,7 @@ KINDS = ("set", "add")
 
 
 @dataclass(frozen=True)
-class Clamp:
+class FeatureClamp:
     """What becomes of one feature.
 
     Attributes:
@@ -54,7 +54,7 @@ class Clamp:
         object.__setattr__(self, "value", finite(self.value, f"the clamp of feature {self.feature}"))
 
 
-def checked_clamps(sae: SAE, clamps: Sequence[Clamp]) -> Tensor:
+def checked_clamps(sae: SAE, clamps: Sequence[FeatureClamp]) -> Tensor:
     """Indices (c,) int64 of the clamped features.
 
     Raises:
@@ -76,7 +76,7 @@ def checked_clamps(sae: SAE, clamps: Sequence[Clamp]) -> Tensor:
     return torch.tensor([clamp.feature for clamp in clamps], dtype=torch.int64)
 
 
-def clamped(f: Tensor, clamps: Sequence[Clamp]) -> Tensor:
+def clamped(f: Tensor, clamps: Sequence[FeatureClamp]) -> Tensor:
     """Columns ``f'`` of clamped features, of their columns ``f`` (..., c)."""
     value = torch.tensor([clamp.value for clamp in clamps], dtype=f.dtype)
     add = torch.tensor([clamp.kind == "add" for clamp in clamps], dtype=torch.bool)
@@ -84,7 +84,7 @@ def clamped(f: Tensor, clamps: Sequence[Clamp]) -> Tensor:
     return torch.where(always | (f > 0), torch.where(add, f + value, value), f)
 
 
-def steered_delta(h: Tensor, sae: SAE, clamps: Sequence[Clamp]) -> Tensor:
+def steered_delta(h: Tensor, sae: SAE, clamps: Sequence[FeatureClamp]) -> Tensor:
     """Rows with the clamped features moved and everything else kept, the error term included.
 
     Args:
@@ -104,7 +104,9 @@ def steered_delta(h: Tensor, sae: SAE, clamps: Sequence[Clamp]) -> Tensor:
     return torch.where((moved != 0).any(-1, keepdim=True), (wide + step).to(h.dtype), h)
 
 
-def steered_reconstruction(h: Tensor, sae: SAE, clamps: Sequence[Clamp] = (), keep_error: bool = False) -> Tensor:
+def steered_reconstruction(
+    h: Tensor, sae: SAE, clamps: Sequence[FeatureClamp] = (), keep_error: bool = False
+) -> Tensor:
     """Rows decoded from all features, with the clamped ones changed.
 
     Args:

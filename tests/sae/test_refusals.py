@@ -50,7 +50,7 @@ MATHEMATICS = {
     "rescaled": (_lens(rescale_acts_by_decoder_norm=True), "'rescale_acts_by_decoder_norm' with 'relu' is not"),
     "transcoder": (_lens(hook_name_out="blocks.2.hook_mlp_out"), "'hook_name_out' is 'blocks.2.hook_mlp_out'"),
     "hook": (_lens(metadata={"hook_name": "blocks.2.attn.hook_z"}), "its hook 'blocks.2.attn.hook_z' is no hook poi"),
-    "no k": (_lens("topk"), "'k' is None; give the number"),
+    "no k": (_lens("topk"), "'k' is None; topk takes a number of features"),
     "flag": (_lens(apply_b_dec_to_input="yes"), "'apply_b_dec_to_input' is 'yes', not true or false"),
     "affine": (lambda f: _layouts.gemma_scope_2(f, affine_connection=True), "'affine_connection' is True"),
     "kind": (lambda f: _layouts.gemma_scope_2(f, type="crosscoder"), "'type' is 'crosscoder', which is not supported"),
@@ -80,7 +80,7 @@ MATHEMATICS = {
     "groupmax": (lambda f: _layouts.sparsify(f, activation="groupmax"), "'activation' is 'groupmax'"),
     "skip": (lambda f: _layouts.sparsify(f, skip_connection=True), "'skip_connection' is True"),
     "dictionary": (_dictionary("MatryoshkaBatchTopKSAE"), "'dict_class' is 'MatryoshkaBatchTopKSAE'; supported are"),
-    "two ks": (_dictionary("AutoEncoderTopK", k=4), "k is 3, not 4"),
+    "two ks": (_dictionary("AutoEncoderTopK", k=4), "k is 3, and 4 in its configuration"),
 }  # fmt: skip
 
 
@@ -185,10 +185,17 @@ def test_k_that_nobody_says(tmp_path: Path) -> None:
         load(_layouts.qwen_scope(tmp_path / "saes"), allow_pt=True)
     with pytest.raises(SAEError, match="its folder says k=3, not 5"):
         load(_layouts.qwen_scope(tmp_path / "SAE-Res-Qwen3-8B-L0_3"), allow_pt=True, k=5)
-    with pytest.raises(SAEError, match="'k' is 3, and 5 was asked for"):
+    with pytest.raises(SAEError, match="has k=3, and 5 was asked for; leave out k="):
         load(_layouts.sparsify(tmp_path / "layers.2"), k=5)
-    with pytest.raises(SAEError, match="'k' is 3, and 5 was asked for"):
-        load(_layouts.sae_lens(tmp_path / "lens", "topk", k=3), k=5)
+    lens = _layouts.sae_lens(tmp_path / "lens")
+    for key in ("k", "norm_factor"):
+        with pytest.raises(SAEError, match=rf"takes no {key}, and 5 was asked for"):
+            load(lens, **{key: 5})  # type: ignore[arg-type]
+    own = linear(P, encoder__bias="b_enc", b_dec="b_dec")
+    with pytest.raises(SAEError, match="k is None, and None in its configuration"):
+        load(_layouts.dictionary_learning(tmp_path / "none", "AutoEncoderTopK", own), allow_pt=True)
+    old = _layouts.dictionary_learning(tmp_path / "old", "AutoEncoderTopK", own, k=3)
+    assert load(old, allow_pt=True, k=3).activation.settings() == {"k": 3}
 
 
 def test_what_the_caller_expects(tmp_path: Path) -> None:

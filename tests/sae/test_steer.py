@@ -6,8 +6,8 @@ import torch
 from steer_compile.errors import SAEError, VectorError
 from steer_compile.sae import (
     BatchTopK,
-    Clamp,
     FactorNorm,
+    FeatureClamp,
     JumpReLU,
     LayerNorm,
     NoNorm,
@@ -18,7 +18,12 @@ from steer_compile.sae import (
 )
 from tests.sae import _weights
 
-CLAMPS = (Clamp(3, 4.0), Clamp(0, -1.5, "add"), Clamp(7, 2.0, "add", only_if_active=True), Clamp(5, 0.0))
+CLAMPS = (
+    FeatureClamp(3, 4.0),
+    FeatureClamp(0, -1.5, "add"),
+    FeatureClamp(7, 2.0, "add", only_if_active=True),
+    FeatureClamp(5, 0.0),
+)
 NORMS = pytest.mark.parametrize("norm", [NoNorm(), FactorNorm(0.37), LayerNorm()], ids=lambda norm: norm.kind)
 
 
@@ -54,7 +59,7 @@ def test_rows_without_a_change_are_bit_equal() -> None:
     sae, h = _weights.sae(ReLU()), _weights.rows(30).bfloat16()
     h[0, 0] = -0.0
     f = sae.encode(h)[:, 7]
-    steered = steered_delta(h, sae, [Clamp(7, 9.0, only_if_active=True)])
+    steered = steered_delta(h, sae, [FeatureClamp(7, 9.0, only_if_active=True)])
     still = f == 0
     assert 0 < int(still.sum()) < len(h)
     assert torch.equal(steered[still].view(torch.int16), h[still].view(torch.int16))
@@ -75,7 +80,7 @@ def test_topk_is_among_all_features() -> None:
     sae, h = _weights.sae(TopK(1)), _weights.rows(40)
     f = sae.encode(h)
     assert bool(((f != 0).sum(1) <= 1).all())
-    only = steered_delta(h, sae, [Clamp(feature, 1.0, "add", only_if_active=True) for feature in (1, 2)])
+    only = steered_delta(h, sae, [FeatureClamp(feature, 1.0, "add", only_if_active=True) for feature in (1, 2)])
     moved = (only != h).any(1)
     assert torch.equal(moved, (f[:, [1, 2]] > 0).any(1))
 
@@ -91,14 +96,14 @@ def test_nan_stays_in_its_row() -> None:
 def test_refusals() -> None:
     sae, h = _weights.sae(ReLU()), _weights.rows(2)
     with pytest.raises(SAEError, match="tiny has no feature 10; its features are 0 to 9"):
-        steered_delta(h, sae, [Clamp(10, 1.0)])
+        steered_delta(h, sae, [FeatureClamp(10, 1.0)])
     with pytest.raises(SAEError, match="feature 3 is clamped twice"):
-        steered_reconstruction(h, sae, [Clamp(3, 1.0), Clamp(3, 2.0, "add")])
+        steered_reconstruction(h, sae, [FeatureClamp(3, 1.0), FeatureClamp(3, 2.0, "add")])
     with pytest.raises(SAEError, match="would depend on other tokens"):
-        steered_delta(h, _weights.sae(BatchTopK(2)), [Clamp(3, 1.0)])
+        steered_delta(h, _weights.sae(BatchTopK(2)), [FeatureClamp(3, 1.0)])
     with pytest.raises(SAEError, match="kind 'scale'; the kinds are set, add"):
-        Clamp(3, 1.0, "scale")
+        FeatureClamp(3, 1.0, "scale")
     with pytest.raises(SAEError, match="-1 is no feature"):
-        Clamp(-1, 1.0)
+        FeatureClamp(-1, 1.0)
     with pytest.raises(VectorError, match="clamp of feature 3 nan is not finite"):
-        Clamp(3, float("nan"))
+        FeatureClamp(3, float("nan"))

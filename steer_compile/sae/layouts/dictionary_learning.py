@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from steer_compile.errors import SAEError
 from steer_compile.sae.activation import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from steer_compile.sae.checks import whole
 from steer_compile.sae.layouts.base import Layout, Tensors, Wanted, check_size, file_site, read_json, read_pt
 from steer_compile.sae.model import SAE
 
@@ -26,37 +28,50 @@ class _Class:
         encoder, decoder: matrices, laid out (d_sae, d_model) and (d_model, d_sae) where ``linear`` is set, and the
             other way round otherwise.
         subtract: the decoder's bias is taken off the rows first.
+        activation: of the tensors, the number of features, and the k of the configuration.
     """
 
     b_enc: str
     b_dec: str
     subtract: bool
-    activation: Callable[[Tensors, int], Activation]
+    activation: Callable[[Tensors, int, Any], Activation]
     encoder: str = "encoder.weight"
     decoder: str = "decoder.weight"
     linear: bool = True
 
 
-def _relu(tensors: Tensors, count: int) -> Activation:
+def _relu(tensors: Tensors, count: int, k: Any) -> Activation:
     return ReLU()
 
 
-def _topk(tensors: Tensors, count: int) -> Activation:
+def _k(tensors: Tensors, k: Any) -> int:
+    """k of the file of tensors, or of the configuration alone, as in the library's first versions.
+
+    Raises:
+        SAEError: the two differ, or there is none.
+    """
+    own = int(tensors.number("k")) if "k" in tensors else k
+    if own is None or k not in (None, own):
+        raise SAEError(f"{tensors.path}: k is {own}, and {k} in its configuration; they have to be one number")
+    return whole(str(tensors.path), "k", own)
+
+
+def _topk(tensors: Tensors, count: int, k: Any) -> Activation:
     if "threshold" in tensors:
         tensors.number("threshold")  # estimated in training; encoding takes the true k largest
-    return TopK(int(tensors.number("k")))
+    return TopK(_k(tensors, k))
 
 
-def _batch_topk(tensors: Tensors, count: int) -> Activation:
+def _batch_topk(tensors: Tensors, count: int, k: Any) -> Activation:
     threshold = tensors.number("threshold") if "threshold" in tensors else -1.0
-    return BatchTopK(tensors.number("k"), threshold if threshold >= 0 else None)  # -1: it was never estimated
+    return BatchTopK(_k(tensors, k), threshold if threshold >= 0 else None)  # -1: it was never estimated
 
 
-def _gated(tensors: Tensors, count: int) -> Activation:
+def _gated(tensors: Tensors, count: int, k: Any) -> Activation:
     return Gated(tensors.take("r_mag", (count,)), tensors.take("mag_bias", (count,)))
 
 
-def _jumprelu(tensors: Tensors, count: int) -> Activation:
+def _jumprelu(tensors: Tensors, count: int, k: Any) -> Activation:
     return JumpReLU(tensors.take("threshold", (count,)))
 
 
@@ -83,11 +98,7 @@ def _read(path: Path, folder: Path, wanted: Wanted) -> SAE:
     shape = (width, count) if kind.linear else (count, width)
     w_dec: Tensor = tensors.take(kind.decoder, shape, transposed=kind.linear)
     b_enc, b_dec = tensors.take(kind.b_enc, (count,)), tensors.take(kind.b_dec, (width,))
-    activation = kind.activation(tensors, count)
-    said = trainer.get("k") if isinstance(activation, TopK | BatchTopK) else None
-    for k in (said, wanted.k):
-        if k is not None and activation.settings().get("k") not in (None, k):
-            raise SAEError(f"{path}: k is {activation.settings()['k']}, not {k} as {config.path.name} or k=... says")
+    activation = kind.activation(tensors, count, trainer.get("k"))
     tensors.done(wanted.ignore)
     match = _RESIDUAL.fullmatch(str(trainer.get("submodule_name", "")))
     site = file_site(config.path, f"layers.{match[2]}.{match[1]}" if match else "", wanted)

@@ -50,7 +50,7 @@ def _read(path: Path, folder: Path, wanted: Wanted) -> SAE:
     architecture = _architecture(config)
     b_enc = tensors.take("b_gate" if architecture == "gated" else "b_enc", (count,))
     w_dec, b_dec = tensors.take("W_dec", (count, width)), tensors.take("b_dec", (width,))
-    activation = _activation(architecture, config, tensors, count, wanted)
+    activation = _activation(architecture, config, tensors, count, wanted.ignore)
     if config.flag("rescale_acts_by_decoder_norm", False):
         _refuse_thresholds(config, activation)
         w_enc, b_enc, w_dec = unit_decoder(path, w_enc, b_enc, w_dec)
@@ -80,19 +80,18 @@ def _architecture(config: Config) -> str:
     return str(architecture)
 
 
-def _activation(architecture: str, config: Config, tensors: Tensors, count: int, wanted: Wanted) -> Activation:
+def _activation(architecture: str, config: Config, tensors: Tensors, count: int, ignore: frozenset[str]) -> Activation:
     arguments = config.part("activation_fn_kwargs")
     k = arguments.get("k", config.get("k"))
-    arguments.done((), wanted.ignore)
+    arguments.done((), ignore)
     if architecture == "gated":
         return Gated(tensors.take("r_mag", (count,)), tensors.take("b_mag", (count,)))
     if architecture == "jumprelu":
         return JumpReLU(tensors.take("threshold", (count,)))
     if architecture == "standard":
         return ReLU()
-    if isinstance(k, bool) or not isinstance(k, int | float) or wanted.k not in (None, k):
-        asked = "" if wanted.k is None else f", and {wanted.k} was asked for"
-        raise SAEError(f"{config.path}: 'k' is {k!r}{asked}; give the number of features that the file says")
+    if isinstance(k, bool) or not isinstance(k, int | float):
+        raise SAEError(f"{config.path}: 'k' is {k!r}; {architecture} takes a number of features")
     if architecture == "topk":
         return TopK(int(k) if k == int(k) else k)  # type: ignore[arg-type]  # checked by TopK
     return BatchTopK(float(k), tensors.number("topk_threshold") if "topk_threshold" in tensors else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steer_compile.errors import SAEError
 from steer_compile.sae.activation import TopK
 from steer_compile.sae.layouts.base import (
     Layout,
@@ -30,8 +29,6 @@ def _read(path: Path, folder: Path, wanted: Wanted) -> SAE:
     said = config.whole("num_latents", 0) or None  # 0: by the expansion factor
     check_size(path, w_enc, wanted, config.whole("d_in"), said)
     k = config.whole("k")
-    if wanted.k not in (None, k):
-        raise SAEError(f"{config.path}: 'k' is {k}, and {wanted.k} was asked for; leave out k=...")
     b_enc, b_dec = tensors.take("encoder.bias", (count,)), tensors.take("b_dec", (width,))
     w_dec = tensors.take("W_dec", (count, width))
     config.done(_HARMLESS, wanted.ignore)
