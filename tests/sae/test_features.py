@@ -46,6 +46,9 @@ def test_ties_go_to_the_lowest_index_and_nan_first() -> None:
     assert found.indices.tolist() == [[1, 2, 4, 0], [-1] * 4, [0, 1, 2, 3]]
     assert found.activations[:2].tolist() == [[2, 2, 2, 1], [0] * 4]
     assert bool(found.activations[2].isnan().all())
+    infinite = torch.tensor([[1.0, torch.inf, 0, 0, 0, 0]])  # infinity times 0 is NaN in every other feature
+    one = replace(rows.take(torch.tensor([0])), values={sae.key: infinite})
+    assert features(one, sae, top=3).indices.tolist() == [[0, 1, 2]]
 
 
 def test_no_rows() -> None:

@@ -80,7 +80,7 @@ def test_sae_lens_batchtopk(tmp_path: Path) -> None:
 
 
 def test_sae_lens_before_version_6(tmp_path: Path) -> None:
-    _agrees(load(_layouts.sae_lens_old(tmp_path / "a")), CENTRED.relu())
+    _agrees(load(_layouts.sae_lens_old(tmp_path / "a", apply_b_dec_to_input=None)), CENTRED.relu())
     topk = _layouts.sae_lens_old(tmp_path / "b", activation_fn_str="topk", activation_fn_kwargs={"k": 3})
     _agrees(load(topk), _topk(CENTRED))
     oldest: dict[str, Any] = {

@@ -37,6 +37,8 @@ def test_equal_content_is_equal() -> None:
         replace(one, W_enc=one.W_enc.bfloat16()),
     ]
     assert len({one.digest, *(sae.digest for sae in changed)}) == 1 + len(changed)
+    zeros = torch.zeros(COUNT)
+    assert replace(one, b_enc=zeros.half()) != replace(one, b_enc=zeros.bfloat16())
     assert _weights.sae(JumpReLU(torch.ones(COUNT))) != _weights.sae(JumpReLU(torch.full((COUNT,), 2.0)))
 
 
