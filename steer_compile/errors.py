@@ -49,3 +49,7 @@ class LoweringError(SteerError):
 
 class CheckpointError(SteerError):
     """A model or vector file that is missing, damaged or not safetensors."""
+
+
+class SAEError(SteerError):
+    """A sparse autoencoder or a file of one that is damaged, incomplete, or asks for mathematics that is not here."""

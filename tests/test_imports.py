@@ -22,15 +22,20 @@ APPLICATIONS = ("cli", "coverage", "demo", "sweep")
 """What is built on the library; the library never imports it."""
 
 FORBIDDEN = {
-    "kernels": ("passes", "runtime", "dynamic", "vllm", *APPLICATIONS),
-    "passes": ("runtime", "dynamic", "vllm", *APPLICATIONS),
-    "runtime": ("passes", "dynamic", "capture", "vllm", *APPLICATIONS),
-    "capture": ("passes", "kernels", "backend", "dynamic", "vllm", *APPLICATIONS),
-    "dynamic": ("passes", "kernels", "backend", "vllm", *APPLICATIONS),
-    "vllm": APPLICATIONS,
-    "sweep": ("passes", "kernels", "dynamic", "vllm", "cli", "coverage", "demo"),
+    "backend": ("sae",),
+    "kernels": ("passes", "runtime", "dynamic", "sae", "vllm", *APPLICATIONS),
+    "passes": ("runtime", "dynamic", "sae", "vllm", *APPLICATIONS),
+    "runtime": ("passes", "dynamic", "capture", "sae", "vllm", *APPLICATIONS),
+    "capture": ("passes", "kernels", "backend", "dynamic", "sae", "vllm", *APPLICATIONS),
+    "dynamic": ("passes", "kernels", "backend", "sae", "vllm", *APPLICATIONS),
+    "sae": ("passes", "kernels", "backend", "dynamic", "vllm", *APPLICATIONS),
+    "vllm": ("sae", *APPLICATIONS),
+    "sweep": ("passes", "kernels", "dynamic", "sae", "vllm", "cli", "coverage", "demo"),
 }
 """Part of the package -> the parts that it does not import."""
+
+SHARED_WITH_SAE = ("capture.rows", "runtime.vectors")
+"""What autoencoders know of the parts that make rows and take vectors: values alone."""
 
 SHARED_BY_PASSES = ("buffers", "dataflow", "residual", "spine", "blocks", "segments", "branch_ends", "layout", "norms")
 """Parts of the search for the residual stream: passes import these, and these import no pass."""
@@ -120,6 +125,9 @@ def breach(found: Import) -> str | None:
         and bool(target)
         and target not in FOUNDATION,
         f"{part} does not import {target}": target in FORBIDDEN.get(part, ()),
+        f"sae imports of {target} only {', '.join(SHARED_WITH_SAE)}": part == "sae"
+        and target in ("capture", "runtime")
+        and ".".join(found.name.split(".")[1:3]) not in SHARED_WITH_SAE,
         "the package imports no tests": top == "tests" and bool(part),
         "a pass imports no other pass, only what all share": part == target == "passes"
         and found.name.split(".")[2] not in SHARED_BY_PASSES,
@@ -185,6 +193,9 @@ def test_every_named_module_exists() -> None:
         ("steer_compile/runtime/tables.py", "import steer_compile.cli.main", "runtime does not import cli"),
         ("steer_compile/runtime/runtime.py", "import steer_compile.dynamic.plain", "runtime does not import dynamic"),
         ("steer_compile/dynamic/plain.py", "import steer_compile.vllm.rows", "dynamic does not import vllm"),
+        ("steer_compile/sae/model.py", "import steer_compile.kernels.site", "sae does not import kernels"),
+        ("steer_compile/sae/model.py", "import steer_compile.capture.read", "sae imports of capture only"),
+        ("steer_compile/runtime/tables.py", "import steer_compile.sae.model", "runtime does not import sae"),
         ("steer_compile/backend.py", "import torch._inductor.config", "private torch API"),
         ("steer_compile/backend.py", "from torch import _dynamo", "private torch API"),
         ("steer_compile/backend.py", "import torch\ntorch._dynamo.reset()", "private torch API"),

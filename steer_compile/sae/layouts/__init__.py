@@ -1,0 +1,1 @@
+"""Layouts in which autoencoders are released, one file for each."""
