@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from steer_compile.capture.reduce import Reduction
-from steer_compile.capture.running import Largest, Mean, Running
-from steer_compile.capture.selection import Selection
-from steer_compile.errors import SpecError
+from steer_compile.capture.running import Mean, Running, running_of
+from steer_compile.capture.selection import Selection, Top
 from steer_compile.runtime.vectors import SiteKey
 
 Numbers = npt.NDArray[np.int64]
@@ -26,7 +26,7 @@ class Taken:
     Attributes:
         request: number of each row's sequence (n,).
         rows: number of each row in ``positions``, ``token_ids`` and the values (n,).
-        positions: (T,) on the CPU. ``token_ids``: (T,) on the values' device, None where they are not known.
+        positions, token_ids: (T,) on the CPU or the values' device; ids are None where they are not known.
         values: by site (T, \\*row shape).
     """
 
@@ -67,41 +67,65 @@ class Keeping:
         self._tokens = tokens
         self._running: dict[str, Running] = {}
         self._directions: dict[SiteKey, Tensor] = {}
-        each = tokens if isinstance(tokens, Sequence) else [tokens]
-        if keep.mean and any(isinstance(one, Selection) and one.top is not None for one in each):
-            raise SpecError("a mean of the tokens of top is not kept; capture their rows, or a mean by position")
+        self._shapes: dict[SiteKey, tuple[int, ...]] = {}
+        for top in self._tops():
+            keep.check_top(top)
+
+    def _tops(self) -> list[Top]:
+        each = self._tokens if isinstance(self._tokens, Sequence) else [self._tokens]
+        return [one.top for one in each if isinstance(one, Selection) and one.top is not None]
+
+    def _check(self, values: Mapping[SiteKey, Tensor]) -> None:
+        """Raise, where sites are new, unless what is kept of them fits them.
+
+        Raises:
+            SpecError, VectorError: directions or a top of other sites, or of another width.
+        """
+        if values.keys() <= self._shapes.keys():
+            return
+        self._shapes |= {site: tuple(value.shape[1:]) for site, value in values.items()}
+        widths = {site: prod(self._shapes[site]) for site in values}
+        self._keep.check(widths)
+        for top in self._tops():
+            top.check(widths)
 
     def _begun(self, name: str, number: int, device: torch.device) -> Running | None:
         """What a sequence's rows run into, None where they are given on call by call."""
-        own = self._tokens[number] if isinstance(self._tokens, Sequence) else self._tokens
-        top = own.top if isinstance(own, Selection) else None
-        if name not in self._running and (top is not None or self._keep.mean):
-            made = Mean() if top is None else Largest(top.count, top.site, top.probe.to(device))
+        if name not in self._running:
+            own = self._tokens[number] if isinstance(self._tokens, Sequence) else self._tokens
+            made = running_of(self._keep, own.top if isinstance(own, Selection) else None, device)
+            if made is None:
+                return None
             self._running[name] = made
-        return self._running.get(name)
+        return self._running[name]
 
     def take(self, names: Sequence[str], taken: Taken) -> tuple[Taken, dict[str, Tensor]] | None:
         """Which rows are given on now, and their values by key; None for none.
 
         Args:
             names: of the sequences.
+
+        Raises:
+            SpecError, VectorError: what is kept does not fit the sites.
         """
+        if taken.values:
+            self._check(taken.values)
         if not taken.values or not len(taken.rows):
             return None
         device = next(iter(taken.values.values())).device
         runs = [self._begun(name, number, device) for number, name in enumerate(names)]
         for number, run in enumerate(runs):
-            own = taken.request == number
-            if run is not None and own.any():
-                part = taken.of(own).gathered()
-                run.add(part.positions, _ids(part), part.values)
-        rest = taken.of(np.array([runs[n] is None for n in taken.request.tolist()], np.bool_))
+            if run is None or not (own := taken.request == number).any():
+                continue
+            part = taken.of(own).gathered()
+            run.add(part.positions.to(device, non_blocking=True), _ids(part), _flat(part.values))
+        rest = taken.of(np.array([run is None for run in runs], np.bool_)[taken.request])
         if not len(rest.rows):
             return None
         if self._keep.kinds == ("rows",):
             return rest, {f"layers.{layer}.{hook}": value for (hook, layer), value in rest.values.items()}
         rest = rest.gathered()
-        return rest, self._reduced(rest.values)
+        return rest, self._reduced(_flat(rest.values))
 
     def ended(self, name: str) -> tuple[Taken, dict[str, Tensor]] | None:
         """What was kept of a sequence while it ran, None for nothing."""
@@ -122,20 +146,25 @@ class Keeping:
         self._running.clear()
 
     def _reduced(self, values: Mapping[SiteKey, Tensor]) -> dict[str, Tensor]:
+        """What is kept of values (n, H) by key; rows and means have the shape of the site's rows again."""
         made: dict[str, Tensor] = {}
         for site, value in values.items():
             directions = self._keep.directions.get(site)
             if directions is not None and site not in self._directions:
                 self._directions[site] = directions.to(value.device)
-            kinds = self._keep.of(value.reshape(len(value), -1), self._directions.get(site))
-            rows = [
-                value if kind in ("rows", "mean") else one for kind, one in zip(self._keep.kinds, kinds, strict=True)
-            ]
-            made |= dict(zip(self._keep.keys(site), rows, strict=True))
+            reduced = self._keep.of(value, self._directions.get(site))
+            for kind, key, one in zip(self._keep.kinds, self._keep.keys(site), reduced, strict=True):
+                made[key] = one.view(len(one), *self._shapes[site]) if kind in ("rows", "mean") else one
         return made
 
 
+def _flat(values: Mapping[SiteKey, Tensor]) -> dict[SiteKey, Tensor]:
+    """Rows (n, H) of at least one token each, those of parallel streams joined."""
+    return {site: value.reshape(len(value), -1) for site, value in values.items()}
+
+
 def _ids(taken: Taken) -> Tensor:
-    if taken.token_ids is not None:
-        return taken.token_ids.cpu() if taken.token_ids.device != taken.positions.device else taken.token_ids
-    return torch.full_like(taken.positions, -1)
+    """Token ids where the values are, -1 where they are not known."""
+    device = next(iter(taken.values.values())).device
+    ids = taken.token_ids if taken.token_ids is not None else torch.full_like(taken.positions, -1)
+    return ids.to(device, non_blocking=True)

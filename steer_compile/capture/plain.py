@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from steer_compile.capture.consumer import Meta
 from steer_compile.capture.keeping import Keeping, Taken
 from steer_compile.capture.pipeline import Pipeline, StepRows
 from steer_compile.capture.reduce import Reduction
+from steer_compile.capture.selection import Selection
 from steer_compile.errors import CaptureError, NotSteered, SiteNotFound, SpecError
 from steer_compile.runtime.demand import Choice, Demand, Sites, demand
 from steer_compile.runtime.packed import PackedCall
@@ -78,7 +79,8 @@ def capture_to(
         raise SpecError("the spec captures nothing; give SteerSpec(capture=('post_block',), ...) and compile again")
     if requests is not None and len(set(requests)) < len(requests):
         raise CaptureError(f"requests={list(requests)!r} gives a name twice; give each sequence its own")
-    wanted = demand(tokens, None if sites is None else [site_key(site) for site in sites])
+    positions = [_by_position(one) for one in tokens] if isinstance(tokens, Sequence) else _by_position(tokens)
+    wanted = demand(positions, None if sites is None else [site_key(site) for site in sites])
     sink = _Sequences(
         pipeline, requests, wanted, Keeping(keep, tokens), (about.tag, Meta(about.model, spec_digest(runtime.spec)))
     )
@@ -215,6 +217,11 @@ class _Sequences:
                 self._submit((name,), *found)
             self._pipeline.end(name)
         self._open.clear()
+
+
+def _by_position(tokens: Choice | None) -> Choice | None:
+    """The choice without what needs values, for which `Keeping` is there."""
+    return replace(tokens, top=None) if isinstance(tokens, Selection) else tokens
 
 
 def _of_packed(call: PackedCall) -> Taken:

@@ -68,6 +68,11 @@ class Reduction:
     def mean(self) -> bool:
         return self.kinds == ("mean",)
 
+    def check_top(self, top: object) -> None:
+        """Raise `SpecError` for a mean of the tokens of a `Selection.top`."""
+        if self.mean and top is not None:
+            raise SpecError("a mean of the tokens of top is not kept; capture their rows, or a mean by position")
+
     def check(self, widths: Mapping[SiteKey, int]) -> None:
         """Raise unless each of the sites can be reduced.
 
@@ -106,10 +111,11 @@ class Reduction:
 
 
 def _one(kind: str, values: Tensor, directions: Tensor | None) -> Tensor:
-    if kind == "project" and directions is not None:
-        return values @ directions.mT
-    norms: Tensor = torch.linalg.vector_norm(values, dim=-1)
-    return norms
+    if kind == "norm":
+        norms: Tensor = torch.linalg.vector_norm(values, dim=-1)
+        return norms
+    assert directions is not None  # `Reduction.check` has seen to it
+    return values @ directions.mT
 
 
 def _directions(site: SiteKey, given: object) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from steer_compile.capture.reduce import Reduction
+from steer_compile.capture.selection import Top
 from steer_compile.runtime.vectors import SiteKey
 
 Values: TypeAlias = Mapping[Any, Tensor]
@@ -21,6 +23,13 @@ class Running(Protocol):
 
     def result(self) -> tuple[Tensor, Tensor, Values]:
         """Positions and token ids (m,) and values by site (m, H) of what is kept, in the order of the positions."""
+
+
+def running_of(keep: Reduction, top: Top | None, device: torch.device) -> Running | None:
+    """What a request's tokens run into, None where they are given on step by step."""
+    if top is not None:
+        return Largest(top.count, top.site, top.probe.to(device, non_blocking=True))
+    return Mean() if keep.mean else None
 
 
 class Mean:

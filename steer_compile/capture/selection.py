@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steer_compile.errors import SpecError
+from steer_compile.errors import SpecError, VectorError
 from steer_compile.runtime.vectors import SiteKey, TokenSelection, checked_vector, site_key
 
 EVERYTHING = TokenSelection(((None, None),), generated=True)
@@ -47,6 +48,18 @@ class Top:
         object.__setattr__(self, "site", site_key(self.site))
         object.__setattr__(self, "probe", checked_vector("the probe of top", self.probe))
 
+    def check(self, widths: Mapping[SiteKey, int]) -> None:
+        """Raise unless the scores can be taken, given the captured sites and how many numbers their rows have.
+
+        Raises:
+            SpecError: its site is not captured. VectorError: the probe has another width.
+        """
+        name, width = f"layers.{self.site[1]}.{self.site[0]}", widths.get(self.site)
+        if width is None:
+            raise SpecError(f"top scores the tokens at {name}, which is not captured; name it in sites")
+        if self.probe.numel() != width:
+            raise VectorError(f"the probe of top has {self.probe.numel()} numbers and {name} {width}; give {width}")
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -80,8 +93,18 @@ class Selection:
     def mask(self, first: int, length: int, prompt_length: int) -> npt.NDArray[np.bool_]:
         """Which of ``length`` tokens from position ``first`` on are chosen, after a prompt of ``prompt_length``.
 
-        ``top`` has no part in it: it needs the tokens' values.
+        Raises:
+            SpecError: there is a ``top``, which needs the tokens' values.
         """
+        if self.top is not None:
+            raise SpecError(
+                f"the selection has a top of {self.top.count} tokens, which needs their values; give it to capture_to "
+                "or to a request of vLLM, or leave top out"
+            )
+        return self.candidates(first, length, prompt_length)
+
+    def candidates(self, first: int, length: int, prompt_length: int) -> npt.NDArray[np.bool_]:
+        """The same where ``top`` has no part in it: the tokens whose scores it compares."""
         places = np.arange(first, first + length)
         chosen = np.isin(places, self.positions)
         if self.tokens is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,6 +51,23 @@ def text_of(what: str, given: object, most: int = 512) -> str:
     if not isinstance(given, str) or not 0 < len(given) <= most:
         raise SpecError(f"{what} is {given!r:.80}; give a text of 1 to {most} characters")
     return given
+
+
+def plain_text_of(what: str, given: object, most: int = 1 << 20) -> str:
+    """An object of plain data as JSON text of at most ``most`` characters.
+
+    Raises:
+        SpecError: it is no such object.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise SpecError(f"{what} are no object; give {{name: plain data}}")
+    try:
+        text = json.dumps(given, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{what} are no plain data ({error}); give what JSON has") from error
+    if len(text) > most:
+        raise SpecError(f"{what} have {len(text)} characters; {most} are the most")
+    return text
 
 
 def digest_of(*parts: object) -> str:

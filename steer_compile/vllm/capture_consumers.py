@@ -12,7 +12,7 @@ import torch
 
 from steer_compile.capture.consumer import Meta, make_consumer
 from steer_compile.capture.pipeline import Pipeline, StepRows
-from steer_compile.dynamic.codec import fields_of, text_of
+from steer_compile.dynamic.codec import fields_of, plain_text_of, text_of
 from steer_compile.errors import SpecError, UnknownName
 from steer_compile.vllm.captures import Kept, joined
 
@@ -48,14 +48,8 @@ def consumer_specs(given: object) -> tuple[ConsumerSpec, ...]:
     for name, item in sorted(given.items()):
         what = f"the consumer {text_of('the name of a consumer', name)!r}"
         data = fields_of(what, item, ("consumer", "options"), ("consumer",))
-        options = data.get("options", {})
-        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-            raise SpecError(f"the options of {what} are no object; give {{option: plain data}}")
-        try:
-            text = json.dumps(options, sort_keys=True)
-        except (TypeError, ValueError) as error:
-            raise SpecError(f"the options of {what} are no plain data ({error}); give what JSON has") from error
-        found.append(ConsumerSpec(name, text_of(f"what makes {what}", data["consumer"]), text))
+        options = plain_text_of(f"the options of {what}", data.get("options", {}))
+        found.append(ConsumerSpec(name, text_of(f"what makes {what}", data["consumer"]), options))
     return tuple(found)
 
 

@@ -59,8 +59,7 @@ class CaptureAsked:
         given = fields.get("tokens")
         tokens = Selection() if given is None else _selection(given)
         keep = _reduction(fields.get("reduce"), fields.get("directions"))
-        if tokens.top is not None and keep.mean:
-            raise SpecError("a mean of the tokens of top is not kept; capture their rows, or a mean by position")
+        keep.check_top(tokens.top)
         return cls(_sites(fields.get("sites")), tokens, keep, **texts)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steer_compile.capture.reduce import Reduction
-from steer_compile.capture.running import Largest, Mean, Running
+from steer_compile.capture.running import Mean, Running, running_of
 from steer_compile.capture.selection import Selection
 from steer_compile.runtime.tables import TableSet
 from steer_compile.runtime.vectors import SiteKey
@@ -141,8 +141,7 @@ class Captures:
         size = self._gather.row_bytes(kept.sites, Reduction() if top is not None else asked.keep)
         size *= top.count if top is not None else 1
         if self._room.take([size])[0]:
-            kept.reserved = size
-            kept.running = Mean() if top is None else Largest(top.count, top.site, self._gather.put(top.probe))
+            kept.reserved, kept.running = size, running_of(asked.keep, top, self._gather.device)
         return kept
 
     def finish(self, requests: Iterable[str]) -> list[Kept]:
@@ -254,7 +253,7 @@ def chosen(tokens: Selection, start: int, count: int, prompt: int) -> Rows:
     """Which of a step's tokens of a request are kept, by their place among them."""
     if start >= prompt and tokens.every == 1 and not tokens.positions:
         return np.arange(count if tokens.tokens is not None and tokens.tokens.generated else 0)
-    return np.flatnonzero(tokens.mask(start, count, prompt))
+    return np.flatnonzero(tokens.candidates(start, count, prompt))
 
 
 def _slices(planned: Sequence[Planned]) -> Iterable[slice]:

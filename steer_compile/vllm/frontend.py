@@ -143,8 +143,10 @@ class FrontEnd:
                 f"{absent[0] if absent else 'nothing'} is not captured by this engine; it captures {have or 'nothing'}"
                 f"{more}; name its sites in the spec's capture"
             )
-        asked.keep.check({site: self._captured[site] for site in sites})
-        self._check_top(asked.tokens.top, sites)
+        widths = {site: self._captured[site] for site in sites}
+        asked.keep.check(widths)
+        if asked.tokens.top is not None:
+            self._check_top(asked.tokens.top, widths)
         if self._drafts and (asked.tokens.top is not None or asked.keep.mean):
             what = "top" if asked.tokens.top is not None else "a mean"
             raise SpecError(
@@ -153,19 +155,13 @@ class FrontEnd:
             )
         return CaptureRequest(file_name(asked.name), sites, asked.tokens, asked.keep, asked.to, asked.tag)
 
-    def _check_top(self, top: Top | None, sites: tuple[SiteKey, ...]) -> None:
-        if top is None:
-            return
-        name, width = f"layers.{top.site[1]}.{top.site[0]}", self._captured.get(top.site)
+    def _check_top(self, top: Top, widths: Mapping[SiteKey, int]) -> None:
         if self.stages > 1:
             raise SpecError(
                 "top needs all captured layers in one process, and this engine is a pipeline of stages; choose by "
                 "position, or set pipeline_parallel_size=1"
             )
-        if top.site not in sites:
-            raise SpecError(f"top scores the tokens at {name}, which the request does not capture; name it in sites")
-        if top.probe.numel() != width:
-            raise VectorError(f"the probe of top has {top.probe.numel()} numbers and {name} {width}; give {width}")
+        top.check(widths)
 
     def check_sites(self, change: Tier | SiteMonitor) -> None:
         """Raise `SiteNotFound` or `VectorError` for a tier or a monitor that the engine's sites cannot take."""

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steer_compile.dynamic.codec import fields_of, text_of
+from steer_compile.dynamic.codec import fields_of, plain_text_of, text_of
 from steer_compile.dynamic.controller import Controller
 from steer_compile.errors import SpecError
 
-MOST_CONTROLLERS, MOST_ARGUMENTS = 16, 1 << 20
-"""Most controllers of an engine, and characters of the arguments of one as JSON."""
+MOST_CONTROLLERS = 16
+"""Most controllers of an engine."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,8 @@ def _spec(name: str, given: object) -> ControllerSpec:
     path = text_of(f"the class of the controller {name!r}", data["class"])
     if not all(part.isidentifier() for part in path.replace(":", ".", 1).split(".")) or ":" not in path:
         raise SpecError(f"the class of the controller {name!r} is {path!r}; give 'module:Class'")
-    arguments = data.get("args", {})
-    if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
-        raise SpecError(f"the args of the controller {name!r} are no object; give {{argument: plain data}}")
-    try:
-        text = json.dumps(arguments, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise SpecError(
-            f"the args of the controller {name!r} are no plain data ({error}); give what JSON has"
-        ) from error
-    if len(text) > MOST_ARGUMENTS:
-        raise SpecError(
-            f"the args of the controller {name!r} have {len(text)} characters; {MOST_ARGUMENTS} are the most"
-        )
-    return ControllerSpec(name, path, text)
+    arguments = plain_text_of(f"the args of the controller {name!r}", data.get("args", {}))
+    return ControllerSpec(name, path, arguments)
 
 
 def loaded(specs: Iterable[ControllerSpec]) -> tuple[Controller, ...]:

@@ -18,7 +18,7 @@ from steer_compile.capture.pipeline import Pipeline
 from steer_compile.capture.plain import About, capture_to, spec_digest
 from steer_compile.capture.reduce import Reduction
 from steer_compile.capture.selection import Selection, Top
-from steer_compile.errors import CaptureError, NotSteered, SiteNotFound, SpecError
+from steer_compile.errors import CaptureError, NotSteered, SiteNotFound, SpecError, SteerError
 from steer_compile.runtime.rows import PhaseTracker, real_tokens
 from tests._models import compiled, llama, spec, tokens, toy
 
@@ -136,6 +136,55 @@ def test_reductions_and_choices(memory: MemoryConsumer, packed: int) -> None:
         torch.testing.assert_close(rows.values["layers.0.post_block.project"], projected)
     with pytest.raises(CaptureError, match="no captured rows"):
         memory.get("c")
+
+
+SITE, ELSEWHERE, WIDE = ("post_block", 0), ("post_block", 9), 32
+ONES = torch.ones(WIDE)
+BAD_KEEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "no directions": (r"layers\.1\.post_block has no directions", {"keep": Reduction("project", {SITE: ONES})}),
+    "not captured": (
+        r"layers\.9\.post_block is not captured and has directions",
+        {"sites": [SITE], "keep": Reduction("project", {SITE: ONES, ELSEWHERE: ONES})},
+    ),
+    "width": (
+        "have 1 numbers and its values 32",
+        {"sites": [SITE], "keep": Reduction("project", {SITE: ONES[:1]})},
+    ),
+    "top elsewhere": (
+        r"top scores the tokens at layers\.9\.post_block, which is not captured",
+        {"tokens": Selection(top=Top(1, ELSEWHERE, ONES))},
+    ),
+    "top of a width": (
+        r"the probe of top has 1 numbers and layers\.0\.post_block 32",
+        {"tokens": [ALL, Selection(top=Top(1, SITE, ONES[:1]))]},
+    ),
+    "mean of top": (
+        "a mean of the tokens of top",
+        {"tokens": Selection(top=Top(1, SITE, ONES)), "keep": Reduction("mean")},
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [0, 24])
+@pytest.mark.parametrize("name", BAD_KEEPS)
+def test_what_does_not_fit_the_sites_is_refused_and_keeps_nothing(
+    name: str, packed: int, memory: MemoryConsumer
+) -> None:
+    model, backend = in_place(llama(), capture_rows=packed)
+    match, given_ = BAD_KEEPS[name]
+    with Pipeline({"memory": memory}) as pipeline:
+        with torch.no_grad(), pytest.raises(SteerError, match=match):  # noqa: SIM117
+            with capture_to(backend.runtime, pipeline, "ab", **given_):
+                model(tokens(2, PROMPT))
+        assert backend.runtime.sinks == []
+    assert pipeline.status()["delivered"] == 0
+
+
+def test_a_log_takes_no_selection_by_score() -> None:
+    model, backend = in_place(llama(), capture_rows=24)
+    best = Selection(top=Top(1, SITE, ONES))
+    with torch.no_grad(), pytest.raises(SpecError, match="a top of 1 tokens"), backend.runtime.capture(tokens=best):
+        model(tokens(2, PROMPT))
 
 
 @pytest.mark.parametrize("packed", [0, 24])

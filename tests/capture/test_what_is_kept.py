@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steer_compile.capture.keeping import Keeping, Taken
 from steer_compile.capture.reduce import KINDS, Reduction, reference
 from steer_compile.capture.rows import Rows, joined
 from steer_compile.capture.running import Largest, Mean, Running
@@ -127,6 +128,34 @@ def test_the_largest_scores_in_any_steps(steps: list[int], count: int, seed: int
     assert ids.tolist() == [p + 100 for p in sorted(wanted)]
     if total:
         assert torch.equal(found[SITE], values[sorted(wanted)])
+
+
+def test_a_top_is_never_left_out_silently() -> None:
+    chosen = Selection(top=Top(2, SITE, torch.ones(3)))
+    with pytest.raises(SpecError, match="a top of 2 tokens, which needs their values; give it to capture_to"):
+        chosen.mask(0, 3, 3)
+    assert chosen.candidates(0, 3, 3).tolist() == [True] * 3
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_rows_of_parallel_streams_keep_their_shape(shape: tuple[int, ...]) -> None:
+    """A mean is over tokens and not over streams; norms are of all numbers of a token."""
+    values = torch.randn(4, *shape)
+    ids, places = torch.arange(4) + 100, torch.arange(4)
+    taken = Taken(np.zeros(4, np.int64), np.arange(4), places, ids, {SITE: values})
+    mean = Keeping(Reduction("mean"))
+    assert mean.take("a", taken) is None
+    ended = mean.ended("a")
+    assert ended is not None
+    torch.testing.assert_close(ended[1][f"{NAME}.mean"], values.mean(0, keepdim=True))
+    top = Keeping(Reduction(["rows", "norm"]), Selection(top=Top(2, SITE, torch.ones(6))))
+    assert top.take("a", taken) is None
+    ended = top.ended("a")
+    assert ended is not None
+    best = sorted(values.flatten(1).sum(1).topk(2).indices.tolist())
+    assert torch.equal(ended[1][NAME], values[best])
+    torch.testing.assert_close(ended[1][f"{NAME}.norm"], values[best].flatten(1).norm(dim=1))
+    assert ended[0].positions.tolist() == best
 
 
 def rows(name: str, positions: list[int], step: int = 0) -> Rows:

@@ -127,7 +127,7 @@ def test_selections_and_reductions_in_any_steps(
     for kept in captures.finish(["0", "1", "2"]):
         i = int(kept.request)
         tokens, keep = kept.asked.tokens, asked[i][1]
-        wanted = np.flatnonzero(tokens.mask(0, seen[i], prompt)).tolist()
+        wanted = np.flatnonzero(tokens.candidates(0, seen[i], prompt)).tolist()
         if tokens.top is not None:
             wanted = sorted(sorted(wanted, key=lambda p: (-float(values[i][p][0]), p))[: tokens.top.count])
         check(joined(kept), [values[i][p] for p in wanted], wanted, keep)
