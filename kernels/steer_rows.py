@@ -1,4 +1,4 @@
-"""Steering of one site's value: gates, additive rows, dynamic tier, directional clamps.
+"""Steering of one site's value: gates, additive rows, dynamic tier, directional clamps, clamped SAE features.
 
 For token t with row r, gates on the pristine value h, and the rest on p, which is h or what a patch made of it::
 
@@ -6,7 +6,8 @@ For token t with row r, gates on the pristine value h, and the rest on p, which 
     f       = factors of tier, rows and clamps: those of sites in front, times what s and s_r open (kernels/gates.py)
     x       = p + T[r] * scale[r] * f.rows + V * gain[t] * f.tier
     p_k     = x . v[r, k]
-    h'      = round(x + sum_k strength[r, k] * f.clamps * (clip(p_k, low, high) - p_k) * v[r, k])
+    x'      = x + sum_k strength[r, k] * f.clamps * (clip(p_k, low, high) - p_k) * v[r, k]
+    h'      = round(x' + f.clamps * delta(x'))                                       kernels/sae_delta.py
 
 Arithmetic is in fp32 (fp64 where the stream is fp64) with one rounding to the stream dtype at the end. A term whose
 tensors are None is left out. The functions here are the reference, and the lowering by plain operators, which Inductor
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from steer_compile.kernels.gates import Factors, guarded, opened
+from steer_compile.kernels.sae_delta import SaeArgs, sae_delta
 
 
 class SteerArgs(NamedTuple):
@@ -53,6 +55,12 @@ class SteerArgs(NamedTuple):
     """Unit directions (R * K, H)."""
     clamp_set: Tensor | None = None
     """Lower bound, upper bound and strength of each direction (R * K, 3), fp32."""
+    sae: Tensor | None = None
+    """Encoder rows, then decoder rows of the site's features (2C, H)."""
+    sae_set: Tensor | None = None
+    """Settings of each feature (C, 8), fp32; see `sae_delta.SETTINGS`."""
+    sae_clamp: Tensor | None = None
+    """Codes, then values of each row's clamped features (R, 2C), fp32."""
     gates: Tensor | None = None
     """Factors of each token (..., 4) from sites in front, fp32; see `gates.FACTORS`."""
 
@@ -111,7 +119,11 @@ def _steered(h: Tensor, x: Tensor, args: SteerArgs, wide: torch.dtype, clamps: i
     if args.tier is not None and args.gain is not None:
         gain = args.gain if factors.tier is None else args.gain * factors.tier
         x = x + args.tier[0] * gain.unsqueeze(-1)
-    return x if args.clamp is None else _clamped(x.to(wide), args, factors.clamps, clamps)
+    if args.clamp is not None:
+        x = _clamped(x.to(wide), args, factors.clamps, clamps)
+    if args.sae is not None and args.sae_set is not None and args.sae_clamp is not None and args.rows is not None:
+        x = sae_delta(x.to(wide), SaeArgs(args.sae, args.sae_set, args.sae_clamp, args.rows), factors.clamps)
+    return x
 
 
 def _factors(h: Tensor, args: SteerArgs, wide: torch.dtype) -> Factors:
