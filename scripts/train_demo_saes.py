@@ -55,8 +55,8 @@ scripture, in fp32, and stored as fp16. The first token of each window is among 
 {table}
 
 Measured as stored on {held:,} held-out rows, first tokens left out: *dead* is the share of features that no row has.
-The loss is that of the rows' windows in nats with the site reconstructed; it is {plain:.3f} as it is. *Loss recovered* is
-how much of the way from a zeroed site ({zeroed:.3f}), and from the site's mean, to the plain model that is.
+The loss is that of the rows' windows in nats with the site reconstructed; it is {plain:.3f} as it is. *Loss recovered*
+is how much of the way from a zeroed site ({zeroed:.3f}), and from the site's mean, to the plain model that is.
 JumpReLU is trained as in Rajamanoharan et al. 2024 (straight-through estimates for the thresholds, L0 penalty), TopK as
 in Gao et al. 2024 (auxiliary loss of dead features), on {device}.
 Reproduce: `python scripts/demo_corpus.py`, then `{command}`.
