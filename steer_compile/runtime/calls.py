@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from steer_compile.errors import NotSteered, SpecError, TooManyTokens
@@ -156,7 +158,7 @@ class Calls(Registry):
         self.patches.check_batch(batch)
         demands = [log.demand for log in self._logs if log.demand is not None]
         demands += [sink.demand for sink in self.sinks] if self._spec.capture_rows else []
-        phases = copy(self.phases) if demands else self.phases  # a call that is refused does not move the phase on
+        before, phases = self.phases, copy(self.phases)  # a call that is refused does not move the phase on
         step = phases.advance(batch, length)
         for one in demands:
             self.packed.check(one, whole=not self._scope.partial)
@@ -169,12 +171,29 @@ class Calls(Registry):
         padded = self.phases.prompts is not None and step.phase == "prefill"
         moving = padded or selective
         key = (self._version, step) if moving else (self._version, step.phase, batch, length)
+        key = (*key, self._rows.decodings)
         if key != self._index_key:
-            self.tables.index(token_rows(step, plans))
+            rows = token_rows(step, plans)
+            try:
+                self._check_decoded(rows)
+            except TooManyTokens:
+                self.phases = before
+                raise
+            self.tables.index(rows)
             self._index_key = key
         self.sites.before_call(batch, length, step.phase == "decode")
         self.patches.before_call(step)
         self.packed.write(chosen)
+
+    def _check_decoded(self, rows: npt.NDArray[np.int32]) -> None:
+        """Raise `TooManyTokens` for more tokens that are decoded from features than there is room for."""
+        for (hook, layer), decoded in self._rows.decoded().items():
+            count = int(decoded[rows].sum())
+            if count > self._spec.sae_tokens:
+                raise TooManyTokens(
+                    f"the call has {count} tokens that are decoded from features at layers.{layer}.{hook} but the spec "
+                    f"has sae_tokens={self._spec.sae_tokens}; raise it and compile again, or split the call"
+                )
 
     def after_call(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None = None) -> None:
         """Called behind each compiled graph: let open capture logs and sinks take the sites that it stored.
