@@ -1,8 +1,8 @@
 """Autoencoders as kernels read them: rows of their matrices, and a line of settings for each feature.
 
-What is done to a row before the encoder goes into the settings (`steer_compile.kernels.sae_delta.SETTINGS`), in fp64 and
-rounded once, so that the matrices stay those of the file: a bias that is taken off moves the encoder's bias, a factor is
-a number of its own, and layer norm needs the sum of the encoder's weights.
+What is done to a row before the encoder goes into the settings (`kernels/sae_delta.py`), in fp64 and rounded once, so
+that the matrices stay those of the file: a bias that is taken off moves the encoder's bias, a factor is a number of its
+own, and layer norm needs the sum of the encoder's weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of features do what the autoencoder does: every activation and normalisation, with a bias taken off or not."""
+"""Settings of features do what the autoencoder does: all activations and normalisations, and a bias."""
 
 import pytest
 import torch
