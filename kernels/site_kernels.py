@@ -12,17 +12,20 @@ import triton
 import triton.language as tl
 
 from steer_compile.kernels.gate_kernels import gates_in_front, guarded, opened, read_number, settings_of
+from steer_compile.kernels.sae_stage import read_codes, steered_by_features
 
 NORMS = {"": 0, "rms": 1, "rms_wide": 2, "layer": 3}
 WEIGHT, BIAS = 4, 8
 """Added to the kind of a norm that has a weight, or a bias."""
-BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATES, PACKED = (
-    tl.constexpr(1 << i) for i in range(12)
+BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATES, PACKED, SAE = (
+    tl.constexpr(1 << i) for i in range(13)
 )
 """Stages of a site; few tokens; whether the sum and the norm's input are left unrounded; whether scores are stored,
-whether there are gates of sites in front, and whether captures are of chosen tokens."""
+whether there are gates of sites in front, whether captures are of chosen tokens, clamped features of autoencoders."""
 TILE = tl.constexpr(32768)
 """Most numbers of clamp directions that are read at once."""
+FEATURE_TILE = tl.constexpr(8192)
+"""Most numbers of features that are read at once."""
 ONCE, SHARED = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 """Cache policy of what one token reads, and of what other tokens or later steps read as well."""
 
@@ -240,10 +243,10 @@ def _summed(x, b, weight, bias, cols, dtype: tl.constexpr, H: tl.constexpr, BLOC
 @triton.jit
 def site_row(
     h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
-    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, gates, score, weight, bias, out, normed,
-    H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr,
-    BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr,
-    EPS: tl.constexpr, OFFSET: tl.constexpr,
+    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
+    normed, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """One token, its row in registers. With FEW, all loads come first; else what is off is not loaded."""
     dtype: tl.constexpr = h.dtype.element_ty
@@ -251,10 +254,11 @@ def site_row(
     KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
     FIRST: tl.constexpr = (FEW & STAGES) != 0
     TILED: tl.constexpr = FIRST and KP * BLOCK <= TILE
+    FT: tl.constexpr = 1 if BLOCK > FEATURE_TILE else FEATURE_TILE // BLOCK if FEATURE_TILE // BLOCK < CP else CP
     t = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     at = tl.full((), H, tl.int64) * t  # may be beyond 2**31
-    r = read_number(rows + t) if (ADD | ROW_MONITOR | CLAMP) & STAGES else 0
+    r = read_number(rows + t) if (ADD | ROW_MONITOR | CLAMP | SAE) & STAGES else 0
     line = tl.full((), H, tl.int64) * r
     x = _once(h + at, cols, H, BLOCK)
     b = _once(branch + at, cols, H, BLOCK) if BRANCH & STAGES else 0.0
@@ -268,6 +272,7 @@ def site_row(
     if CLAMP & STAGES:
         low, high, pull = read_bounds(clamp_set, r * K, K, KP)
         directions = read_directions(clamp, r * K, cols, H, K, KP, False) if TILED else 0.0
+    codes = read_codes(sae_clamp, r, C, CP) if SAE & STAGES else 0.0
     if FIRST:
         p = read_param(probe, cols, H, BLOCK, MONITOR & STAGES)
         q = read_param(rowprobe + line, cols, H, BLOCK, ROW_MONITOR & STAGES)
@@ -292,6 +297,9 @@ def site_row(
             x += tl.sum(directions * move[:, None], 0)
         elif tl.sum(tl.abs(pull), 0) != 0:
             x = _clamped(x, clamp, clamp_set, r * K, low, high, pull, clamp_gate, cols, H, BLOCK, K, KP)
+    if SAE & STAGES:
+        if (tl.sum(codes, 0) > 0) & (clamp_gate != 0):
+            x = steered_by_features(x, sae, sae_set, sae_clamp, r, clamp_gate, cols, H, BLOCK, C, FT)
     write_row(out + at, cols, x.to(dtype), H, BLOCK)
     if NORM != 0:
         y = _normalised(x if EXACT & STAGES else x.to(dtype).to(tl.float32), cols, H, BLOCK, NORM, EPS)

@@ -102,12 +102,15 @@ def _stored_and_scored(
 @triton.jit
 def site_wide(
     h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
-    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, gates, score, weight, bias, out, normed,
-    H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr,
-    BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr,
-    EPS: tl.constexpr, OFFSET: tl.constexpr,
+    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
+    normed, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One token, its row in chunks: a pass for the branch's norm, the probes, the clamps, the write and the norm."""
+    """One token, its row in chunks: a pass for the branch's norm, the probes, the clamps, the write and the norm.
+
+    There are no features of autoencoders here.
+    """
     dtype: tl.constexpr = h.dtype.element_ty
     KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
     t = tl.program_id(0)
