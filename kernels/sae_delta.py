@@ -60,9 +60,9 @@ def sae_delta(x: Tensor, args: SaeArgs, strength: Tensor | None = None) -> Tenso
     encoder, decoder = args.features.to(x.dtype).split(slots)
     codes, values = args.clamps[args.rows].to(x.dtype).split(slots, -1)
     settings = args.settings.to(x.dtype)
-    std = x.std(-1, keepdim=True)
+    mean, std = moments(x)
     normed = settings[:, 6] >= 0
-    a = activations_in(x @ encoder.T, x.mean(-1, keepdim=True), std, settings)
+    a = activations_in(x @ encoder.T, mean, std, settings)
     f = features_of(a, settings)
     there = (codes > 0) & ((codes < SET_ACTIVE) | (f > 0))
     changed = torch.where((codes == ADD) | (codes == ADD_ACTIVE), f + values, values)
@@ -76,6 +76,12 @@ def sae_delta(x: Tensor, args: SaeArgs, strength: Tensor | None = None) -> Tenso
 def sae_delta_fp64(x: Tensor, args: SaeArgs, strength: Tensor | None = None) -> Tensor:
     """`sae_delta` in fp64."""
     return sae_delta(x.double(), args, None if strength is None else strength.double())
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased deviation (..., 1) of rows."""
+    mean = x.mean(-1, keepdim=True)
+    return mean, ((x - mean).square().sum(-1, keepdim=True) / max(x.size(-1) - 1, 1)).sqrt()
 
 
 def activations_in(product: Tensor, mean: Tensor, std: Tensor, settings: Tensor) -> Tensor:

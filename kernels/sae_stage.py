@@ -31,7 +31,7 @@ def settled(p, mean, deviation, code, goal, settings, there):
     wsum = tl.load(settings + 5, mask=there, other=0.0, eviction_policy=SHARED)
     eps = tl.load(settings + 6, mask=there, other=-1.0, eviction_policy=SHARED)
     step = tl.load(settings + 7, mask=there, other=0.0, eviction_policy=SHARED)
-    a = tl.where(eps >= 0, (p - mean * wsum) / (deviation + eps), p * factor)
+    a = tl.where(eps >= 0, (p - mean * wsum) / tl.where(eps >= 0, deviation + eps, 1.0), p * factor)
     f = tl.where(a + bias > threshold, tl.maximum(scale * a + magnitude, 0.0), 0.0)
     f = tl.where(a != a, a, f)
     acts = (code > 0) & ((code < 3) | (f > 0))

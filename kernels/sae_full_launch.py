@@ -1,0 +1,87 @@
+"""How the full SAE is launched: tiles, programs and room for what is in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steer_compile.kernels.sae_full import SaeFullArgs
+from steer_compile.kernels.sae_full_decode import decode, finish
+from steer_compile.kernels.sae_full_kernels import META, compact, encode, select
+
+CHUNK = 1024
+"""Tokens that are listed at once."""
+FEATURES = 4096
+"""Features that are chosen among at once."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile of both matmuls, warps and stages, and into how many parts the features are split at most."""
+
+    tokens: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    parts: int = 32
+
+
+def tiles_of(capacity: int, width: int, itemsize: int) -> Tiles:
+    """Tiles for at most ``capacity`` tokens, rows of ``width`` numbers and weights of ``itemsize`` bytes."""
+    tokens = 16 if capacity <= 16 else 32 if capacity <= 32 else 64 if capacity <= 512 else 128
+    depth = min(64 if itemsize < 4 else 32, max(16, 1 << (width - 1).bit_length()))
+    return Tiles(tokens, 128 if itemsize < 4 else 64, depth, 8 if tokens == 128 else 4, 4 if itemsize < 4 else 3)
+
+
+def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
+    """Run the kernels on ``a``; ``wrap`` is put around each kernel function."""
+    tokens, width = a.h.shape
+    if isinstance(tokens, int) and not tokens:
+        return
+    slots = a.sae_set.size(0)
+    count, clamps = a.encoder.size(0) // slots, a.row_clamp.size(1) // 3
+    capacity = min(a.capacity, tokens) if isinstance(tokens, int) else a.capacity
+    tiles, programs = tiles_of(capacity, width, a.encoder.element_size()), _programs(a.h.device)
+    filled = capacity + slots * tiles.tokens
+    filled = -(-filled // tiles.tokens) * tiles.tokens
+    room = filled + capacity
+    device, fp32 = a.h.device, torch.float32
+    order = torch.empty(room, dtype=torch.int32, device=device)
+    meta = torch.empty(slots + META, dtype=torch.int32, device=device)
+    narrow = torch.empty((filled, count), dtype=a.encoder.dtype, device=device)
+    wide = torch.empty((filled, count), dtype=fp32, device=device)
+    columns = -(-width // tiles.columns)
+    sums = torch.empty((max(filled, -(-programs // columns) * tiles.tokens), width), dtype=fp32, device=device)
+    precision = "ieee" if a.encoder.dtype == fp32 or device.type != "cuda" else "tf32"
+    shape: dict[str, Any] = {"S": slots, "BM": tiles.tokens}
+    matmul: dict[str, Any] = {
+        "H": width, "F": count, **shape, "BN": tiles.columns, "BK": tiles.depth, "PRECISION": precision,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+    listed = (order, meta)
+    wrap(compact)[(1,)](a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=CHUNK)
+    wrap(encode)[(programs,)](
+        a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, **matmul
+    )  # fmt: skip
+    top = 0 if a.log is None else a.log.size(-1) // 2
+    wrap(select)[(min(programs, filled),)](
+        a.rows, a.row_set, a.sae_set, *listed, narrow, wide, wide if a.log is None else a.log, F=count, **shape,
+        BF=min(FEATURES, 1 << (count - 1).bit_length()), L=top, LP=1 << max(top - 1, 0).bit_length(), num_warps=8,
+    )  # fmt: skip
+    wrap(decode)[(programs,)](a.decoder, a.rows, a.row_set, *listed, narrow, sums, **matmul, PARTS=tiles.parts)
+    wrap(finish)[(min(programs, room),)](
+        a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, *listed, narrow, wide,
+        sums, programs, H=width, F=count, **shape, K=clamps, BN=tiles.columns,
+        BLOCK=1 << max(width - 1, 15).bit_length(), PARTS=tiles.parts, num_warps=8,
+    )  # fmt: skip
+
+
+def _programs(device: torch.device) -> int:
+    """Programs of a persistent launch: two for each multiprocessor."""
+    if device.type != "cuda":
+        return 8
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
