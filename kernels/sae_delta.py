@@ -81,7 +81,7 @@ def sae_delta_fp64(x: Tensor, args: SaeArgs, strength: Tensor | None = None) -> 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased deviation (..., 1) of rows."""
     mean = x.mean(-1, keepdim=True)
-    return mean, ((x - mean).square().sum(-1, keepdim=True) / max(x.size(-1) - 1, 1)).sqrt()
+    return mean, ((x - mean).square().sum(-1, keepdim=True) / (x.size(-1) - 1)).sqrt()
 
 
 def activations_in(product: Tensor, mean: Tensor, std: Tensor, settings: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer_compile import HookSelection, SAESteering, Steering, SteerSpec, sae, steer_backend
 from steer_compile.backend import SteerBackend
-from steer_compile.errors import SAEError, SiteNotFound, TableFull, UnknownName, VectorError
+from steer_compile.errors import SAEError, SiteNotFound, TableFull, TooManyTokens, UnknownName, VectorError
 from steer_compile.sae import SAE, FactorNorm, FeatureClamp, Gated, JumpReLU, LayerNorm, NoNorm, ReLU, TopK
 from steer_compile.sae.activation import Activation
 from steer_compile.sae.normalise import Normalisation
@@ -230,3 +230,105 @@ def test_a_request_may_not_clamp_what_everyone_has_clamped() -> None:
     runtime.clear_global()
     runtime.saes.detach("bridge")
     assert torch.isfinite(logits(run, tokens())).all()
+
+
+FULL = ("add", "sae", "sae_full", "sae_log")
+ROOM = {"sae_features": 48, "saes": 2, "sae_tokens": 40, "top_features": 4}
+
+
+@pytest.mark.parametrize(
+    ("activation", "norm"), [(TopK(6), NoNorm()), (JumpReLU(P["threshold"]), LayerNorm())], ids=["topk", "jumprelu"]
+)
+@pytest.mark.parametrize("mode", ["reconstruct", "keep_error", "delta"])
+@pytest.mark.parametrize(("make", "inner"), [(llama, "eager"), (gpt2, "inductor")])
+def test_full_equals_forward_hooks(
+    make: Callable[[], Any], inner: str, mode: str, activation: Activation, norm: Normalisation
+) -> None:
+    model, ids, made = make(), tokens(3, 6), tiny(activation, norm)
+    run, backend = built(model, inner, *FULL, **ROOM)
+    backend.runtime.saes.attach("bridge", made, whole=True)
+    idle, before = logits(run, ids), compile_count()
+    close(idle, logits(model, ids))
+
+    def edit(h: Tensor) -> Tensor:
+        new = sae.steered_reconstruction(h, made, CLAMPS, keep_error=mode != "reconstruct")
+        return torch.stack([h[0], new[1], h[2]])
+
+    with edited(model, {SITE: edit}):
+        expected = logits(model, ids)
+    own = Steering(features=SAESteering("bridge", CLAMPS, mode=mode))
+    with backend.runtime.steer(rows=[None, own, None]):
+        got = logits(run, ids)
+    close(got, expected)
+    assert torch.equal(got[[0, 2]], idle[[0, 2]])
+    assert (expected[1] - idle[1]).abs().max() > 0.05
+    assert compile_count() == before
+
+
+def test_vectors_delta_and_full_compose_in_order() -> None:
+    model, ids, made, other, vector = llama(), tokens(2, 5), tiny(), tiny(TopK(8), seed=7), torch.randn(WIDTH)
+    run, backend = built(model, "eager", *FULL, **ROOM)
+    backend.runtime.saes.attach("parts", made, features=(3, 8, 20))
+    backend.runtime.saes.attach("whole", other, whole=True)
+
+    def edit(h: Tensor) -> Tensor:
+        return sae.steered_reconstruction(sae.steered_delta(h + vector, made, CLAMPS), other)
+
+    with edited(model, {SITE: edit}):
+        expected = logits(model, ids)
+    features = [SAESteering("whole", mode="reconstruct"), SAESteering("parts", CLAMPS)]
+    with backend.runtime.steer({SITE: vector}, features=features):
+        close(logits(run, ids), expected)
+
+
+def test_a_call_with_too_many_decoded_tokens_is_refused_and_changes_nothing() -> None:
+    run, backend = built(llama(), "eager", *FULL, **{**ROOM, "sae_tokens": 8})
+    runtime, ids = backend.runtime, tokens(2, 6)
+    runtime.saes.attach("whole", tiny(TopK(4)), whole=True)
+    plain = logits(run, ids)
+    with pytest.raises(TooManyTokens, match=r"12 tokens .* layers.0.post_block but the spec has sae_tokens=8"):  # noqa: SIM117
+        with runtime.steer(features=SAESteering("whole", mode="reconstruct")):
+            logits(run, ids)
+    assert torch.equal(logits(run, ids), plain)
+    own = Steering(features=SAESteering("whole", mode="reconstruct"))
+    with runtime.steer(rows=[None, own]):
+        assert torch.equal(logits(run, ids)[0], plain[0])
+    runtime.set_global(features=[SAESteering("whole", mode="log", phase="prefill")])
+    with pytest.raises(TooManyTokens, match="12 tokens"):
+        logits(run, ids)
+
+
+def test_largest_features_of_each_token_are_logged() -> None:
+    model, ids, made = llama(), tokens(2, 5), tiny(JumpReLU(P["threshold"]))
+    run, backend = built(model, "eager", *FULL, capture=("post_block",), **ROOM)
+    backend.runtime.saes.attach("whole", made, whole=True)
+    own = Steering(features=SAESteering("whole", mode="log"))
+    with backend.runtime.steer(rows=[own, None]), backend.runtime.capture() as log:
+        logits(run, ids)
+    found = backend.runtime.saes.top_features(SITE)
+    exact = made.encode(log[SITE][0]).topk(4)
+    torch.testing.assert_close(found.activations[0], exact.values, rtol=1e-4, atol=1e-4)
+    assert found.indices.dtype == torch.int64
+    active = exact.values > 0
+    assert torch.equal(found.indices[0][active], exact.indices[active])
+    assert bool((found.indices[0][~active] == -1).all())
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "step"])
+def test_a_feature_is_a_probe(kind: str) -> None:
+    """A monitor made of a feature opens where the feature is active, in the same forward."""
+    made = tiny(JumpReLU(P["threshold"]), FactorNorm(0.5), subtract_b_dec=True)
+    monitor = sae.feature_monitor(made, 5, kind=kind)
+    h = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(0))
+    active = made.encode(h)[:, 5] > 0
+    score = h @ monitor.probe
+    assert torch.equal(score > monitor.threshold, active)
+    assert 20 < int(active.sum()) < 380
+
+
+def test_features_that_are_no_probes_are_refused() -> None:
+    for made, text in ((tiny(TopK(3)), "largest"), (tiny(ReLU(), LayerNorm()), "layer norm")):
+        with pytest.raises(SAEError, match=text):
+            sae.feature_monitor(made, 1)
+    with pytest.raises(SAEError, match="no feature 40"):
+        sae.feature_monitor(tiny(), 40)

@@ -34,7 +34,7 @@ FORBIDDEN = {
 }
 """Part of the package -> the parts that it does not import."""
 
-SHARED_WITH_SAE = ("capture.rows", "runtime.vectors")
+SHARED_WITH_SAE = ("capture.rows", "runtime.vectors", "runtime.gates")
 """What autoencoders know of the parts that make rows and take vectors: values alone."""
 
 SHARED_WITH_RUNTIME = ("model", "packing", "steer", "checks")

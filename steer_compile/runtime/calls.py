@@ -62,7 +62,6 @@ class Calls(Registry):
         self._planned: tuple[int, int, tuple[list[RowPlan], bool]] = (-1, 0, ([], False))
         self._last_layer: int | None = None
         self._continued = False
-        self._shape = (0, 0)
         self._logs: list[CaptureLog] = []
         self.sinks: list[Sink] = []
         self._step: Step | None = None
@@ -124,7 +123,7 @@ class Calls(Registry):
                 not captured.
         """
         last, shape = self._last_layer, (batch, length)
-        self._continued = last is not None and first_layer > last and shape == self._shape
+        self._continued = last is not None and first_layer > last and shape == self.shape
         self._last_layer = first_layer
         if self._continued:
             with self._lock, torch.no_grad():
@@ -143,7 +142,7 @@ class Calls(Registry):
             else:
                 self.packed.write(None)
             self.calls += 1
-            self._last_layer, self._shape = first_layer, shape
+            self._last_layer, self.shape = first_layer, shape
 
     def _plans(self, batch: int) -> tuple[list[RowPlan], bool]:
         """Plan of each element, and whether one steers some tokens only; made once for an assignment."""
@@ -208,10 +207,10 @@ class Calls(Registry):
         self._end(captured, token_ids)
 
     def _take_dense(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
-        batch, length = self._shape
+        batch, length = self.shape
         values = self.tables.captured(batch * length) if captured and (self._logs or self.sinks) else {}
         for log in list(self._logs):
-            log.take({key: values[key] for key in captured}, self._shape, self._continued, self._step)
+            log.take({key: values[key] for key in captured}, self.shape, self._continued, self._step)
         for sink in self.sinks:
             sink.take({key: values[key] for key in captured}, token_ids, not self._scope.partial)
 
@@ -220,7 +219,7 @@ class Calls(Registry):
             return
         values = self.packed.stored(captured)
         ids = token_ids.reshape(-1).clone() if token_ids is not None else None
-        names = self._batches[-1].names_of(self._shape[0])
+        names = self._batches[-1].names_of(self.shape[0])
         for log in list(self._logs):
             begun = self.packed.call(log.demand, names, self.calls - 1) if log.demand is not None else None
             if begun is not None:

@@ -58,10 +58,12 @@ class Registry:
         self.overrides = OverrideRows(spec, self._rows, self._lock)
         self.sites = SiteState(self.tables, self._scope, self._lock)
         self.patches = SitePatches(self.tables, self._scope)
-        self.saes = SAEStore(spec, self.tables, self._scope, self._lock, self._rows.users)
+        self.saes = SAEStore(spec, self.tables, self._scope, self._lock, self._rows.users, lambda: self.shape)
         self.named = NamedVectors()
         self._handles: dict[int, Handle] = {}
         self._numbers = count(1)
+        self.shape = (0, 0)
+        """Sequences and tokens of each in the last call."""
 
     def bind(self, plan: Plan, table: SiteTable, device: torch.device) -> None:
         """Allocate the plan's tensors and write what was set before the model was compiled.

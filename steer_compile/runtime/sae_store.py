@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from steer_compile.errors import SAEError, TableFull, UnknownName
+from steer_compile.errors import NotSteered, SAEError, TableFull, UnknownName
 from steer_compile.runtime.features import Decoding, Features, SAESteering, SlotClamp
 from steer_compile.runtime.gates import SiteLike
 from steer_compile.runtime.sae_tables import Attached, SAETables
@@ -22,6 +23,15 @@ WRITTEN = {"keep_error": 2, "reconstruct": 1, "log": 0}
 """Number of each mode in a row of the tables."""
 
 
+@dataclass(frozen=True)
+class TopFeatures:
+    """The largest features of each token, the largest first: ``indices`` (batch, length, L) int64, -1 where fewer are
+    active, and ``activations`` in fp32, 0 there. On the model's device."""
+
+    indices: torch.Tensor
+    activations: torch.Tensor
+
+
 class SAEStore:
     """Attaches and detaches autoencoders between calls. Every change happens as a whole or not at all.
 
@@ -30,13 +40,15 @@ class SAEStore:
 
     def __init__(
         self, spec: SteerSpec, tables: TableSet, scope: Scope, lock: threading.RLock,
-        users: Callable[[str], int],
+        users: Callable[[str], int], shape: Callable[[], tuple[int, int]],
     ) -> None:  # fmt: skip
         self._spec = spec
+        self._tables = tables
         self._places = SAETables(tables)
         self._scope = scope
         self._lock = lock
         self._users = users
+        self._shape = shape
         self._attached: dict[str, Attached] = {}
 
     @property
@@ -114,6 +126,22 @@ class SAEStore:
                 found = found + self._resolved(one)
         found.check_room(self._spec.features)
         return found
+
+    def top_features(self, site: SiteLike) -> TopFeatures:
+        """The largest features of the last call's tokens at a site with the op family ``sae_log``.
+
+        Of tokens that are not logged the numbers are those of earlier calls.
+
+        Raises:
+            SiteNotFound: no such site, or without ``sae_log``. NotSteered: no call yet.
+        """
+        key, (batch, length) = site_key(site), self._shape()
+        self._tables.check("sae_log", key)
+        if not batch * length:
+            raise NotSteered("no compiled graph ran yet, so no features are stored; call the model")
+        stored = self._tables.captured(batch * length, "full_log")[key].view(batch, length, -1)
+        indices, activations = stored.chunk(2, -1)
+        return TopFeatures(indices.long(), activations.clone())
 
     def check_all(self, whole: bool = False) -> None:
         """Raise for what is attached and does not fit (``whole``: all parts of the model ran)."""
