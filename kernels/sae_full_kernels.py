@@ -190,16 +190,16 @@ def _bin_of(total, wanted, BINS: tl.constexpr):
 def limit(values, wanted, count, F: tl.constexpr, BF: tl.constexpr):
     """Bits of the ``wanted``-th largest positive value, and how many of those with just these bits are among them; the
     smallest positive bits and all of them where there are fewer."""
-    total = _bits(values, 0, 2147483647, count, F, BF, 20, 2048)
-    low, rest = 1, 2147483647
-    if tl.sum(total, 0) >= wanted:
-        first, left = _bin_of(total, wanted, 2048)
-        total = _bits(values, first << 20, (first + 1) << 20, count, F, BF, 9, 2048)
-        second, left = _bin_of(total, left, 2048)
+    high = _bits(values, 0, 2147483647, count, F, BF, 20, 2048)
+    low = tl.full((), 1, tl.int32)
+    rest = tl.full((), 2147483647, tl.int32)
+    if tl.sum(high, 0) >= wanted:
+        first, left = _bin_of(high, wanted, 2048)
+        middle = _bits(values, first << 20, (first + 1) << 20, count, F, BF, 9, 2048)
+        second, left = _bin_of(middle, left, 2048)
         base = (first << 20) + (second << 9)
-        total = _bits(values, base, base + 512, count, F, BF, 0, 512)
-        third, left = _bin_of(total, left, 512)
-        low, rest = base + third, left
+        last, rest = _bin_of(_bits(values, base, base + 512, count, F, BF, 0, 512), left, 512)
+        low = base + last
     return low, rest
 
 

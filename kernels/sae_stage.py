@@ -40,29 +40,30 @@ def settled(p, mean, deviation, code, goal, settings, there):
 
 
 @triton.jit
-def steered_by_features(x, sae, sae_set, sae_clamp, r, factor, cols, H: tl.constexpr, BLOCK: tl.constexpr,
-                        C: tl.constexpr, FT: tl.constexpr):  # fmt: skip
-    """x moved by the row's clamped features, each of them read from the x that comes in."""
+def steered_by_features(x, codes, sae, sae_set, sae_clamp, r, factor, cols, H: tl.constexpr, BLOCK: tl.constexpr,
+                        C: tl.constexpr, CP: tl.constexpr, FT: tl.constexpr):  # fmt: skip
+    """x moved by the row's clamped features, each of them read from the x that comes in.
+
+    All of a tile is asked for at once, the decoder's rows before they are needed: what a token waits for is the memory.
+    """
     within = cols < H
     mean = tl.sum(x, 0) / H
     centred = tl.where(within, x - mean, 0.0)
     deviation = tl.sqrt(tl.sum(centred * centred, 0) / tl.maximum(H - 1, 1))
     out = x
-    codes = sae_clamp + tl.full((), 2 * C, tl.int64) * r
-    for start in range(0, C, FT):
+    line = sae_clamp + tl.full((), 2 * C, tl.int64) * r
+    behind = sae + tl.full((), C, tl.int64) * H
+    end = tl.max(tl.where(codes > 0, tl.arange(0, CP) + 1, 0), 0)
+    for start in range(0, end, FT):
         c = start + tl.arange(0, FT)
-        there = c < C
-        code = tl.load(codes + c, mask=there, other=0.0, eviction_policy=SHARED)
-        if tl.sum(code, 0) > 0:
-            active = there & (code > 0)
-            spots = c.to(tl.int64)[:, None] * H + cols[None, :]
-            inside = active[:, None] & within[None, :]
-            encoder = tl.load(sae + spots, mask=inside, other=0.0, eviction_policy=SHARED).to(tl.float32)
-            goal = tl.load(codes + C + c, mask=active, other=0.0, eviction_policy=SHARED)
-            p = tl.sum(encoder * x[None, :], 1)
-            moved = settled(p, mean, deviation, code, goal, sae_set + c * 8, active) * factor
-            decoder = tl.load(
-                sae + tl.full((), C, tl.int64) * H + spots, mask=inside, other=0.0, eviction_policy=SHARED
-            )
-            out += tl.sum(decoder.to(tl.float32) * moved[:, None], 0)
+        code = tl.load(line + c, mask=c < C, other=0.0, eviction_policy=SHARED)
+        goal = tl.load(line + C + c, mask=c < C, other=0.0, eviction_policy=SHARED)
+        active = (c < C) & (code > 0)
+        spots = c.to(tl.int64)[:, None] * H + cols[None, :]
+        inside = active[:, None] & within[None, :]
+        encoder = tl.load(sae + spots, mask=inside, other=0.0, eviction_policy=SHARED).to(tl.float32)
+        decoder = tl.load(behind + spots, mask=inside, other=0.0, eviction_policy=SHARED)
+        p = tl.sum(encoder * x[None, :], 1)
+        moved = settled(p, mean, deviation, code, goal, sae_set + c * 8, active) * factor
+        out += tl.sum(decoder.to(tl.float32) * moved[:, None], 0)
     return out

@@ -24,7 +24,7 @@ BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATE
 whether there are gates of sites in front, whether captures are of chosen tokens, clamped features of autoencoders."""
 TILE = tl.constexpr(32768)
 """Most numbers of clamp directions that are read at once."""
-FEATURE_TILE = tl.constexpr(8192)
+FEATURE_TILE = tl.constexpr(16384)
 """Most numbers of features that are read at once."""
 ONCE, SHARED = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 """Cache policy of what one token reads, and of what other tokens or later steps read as well."""
@@ -299,7 +299,7 @@ def site_row(
             x = _clamped(x, clamp, clamp_set, r * K, low, high, pull, clamp_gate, cols, H, BLOCK, K, KP)
     if SAE & STAGES:
         if (tl.sum(codes, 0) > 0) & (clamp_gate != 0):
-            x = steered_by_features(x, sae, sae_set, sae_clamp, r, clamp_gate, cols, H, BLOCK, C, FT)
+            x = steered_by_features(x, codes, sae, sae_set, sae_clamp, r, clamp_gate, cols, H, BLOCK, C, CP, FT)
     write_row(out + at, cols, x.to(dtype), H, BLOCK)
     if NORM != 0:
         y = _normalised(x if EXACT & STAGES else x.to(dtype).to(tl.float32), cols, H, BLOCK, NORM, EPS)
