@@ -228,7 +228,7 @@ def main() -> None:
                     for tokens, opted in cases:
                         row = full_row(tokens, opted, features, k)
                         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-                        if opted in (64, 256, 4096):
+                        if opted in (8, 256, 4096):
                             print(parts_row(full_args(tokens, opted, features, k, tokens)), flush=True)
                         table.append(row | where)
             complete = max(table, key=len)

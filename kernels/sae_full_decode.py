@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steer_compile.kernels.sae_full_kernels import far, features, product, slot_of
+from steer_compile.kernels.sae_full_kernels import far, features, moments, product, slot_of
 
 
 @triton.jit
@@ -100,9 +100,7 @@ def finish(
             lines = settings + first * 8
             at = h + far(token, H) + cols
             x = tl.load(at, mask=within, other=0.0).to(tl.float32)
-            mean = tl.sum(x, 0) / H
-            centred = tl.where(within, x - mean, 0.0)
-            deviation = tl.sqrt(tl.sum(centred * centred, 0) / tl.maximum(H - 1, 1))
+            mean, deviation = moments(x, within, H)
             normed = tl.load(lines + 6) >= 0
             step = tl.where(normed, deviation, tl.load(lines + 7))
             clamps = row_clamp + far(row, 3 * K)

@@ -4,12 +4,12 @@
 
     compact   tokens by slot, each slot's filled up to whole tiles; behind them those that need their clamps alone
     encode    f = features(h W_enc), a matmul of tiles of one slot; persistent, over as many tiles as there are
-    select    TopK: the k-th largest pre-activation by three histograms of its bits; and the largest features, to log
+    select    TopK: the k-th largest feature, two bits of it a pass; features behind a norm of rows; the largest, to log
     decode    partial sums of f W_dec over parts of the features; persistent
     finish    sum of the parts, clamps, norm of rows undone; one program a token
 
 `META` numbers of the list are read on the device by all that follow, so an idle launch is programs that find nothing to
-do. Positive floats order as their bits do, which is what the histograms count.
+do. Positive floats order as their bits do, and so the k-th largest is found bit by bit.
 """
 
 from __future__ import annotations
@@ -87,21 +87,11 @@ def slot_of(meta, tile, S: tl.constexpr):
 
 
 @triton.jit
-def moments(h, tokens, there, H: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """Mean and unbiased deviation of the rows of a tile."""
-    total = tl.zeros([BM], tl.float32)
-    at = tokens.to(tl.int64)[:, None] * H
-    for start in range(0, H, BK):
-        cols = start + tl.arange(0, BK)[None, :]
-        total += tl.sum(tl.load(h + at + cols, mask=there[:, None] & (cols < H), other=0.0).to(tl.float32), 1)
-    mean = total / H
-    squares = tl.zeros([BM], tl.float32)
-    for start in range(0, H, BK):
-        cols = start + tl.arange(0, BK)[None, :]
-        inside = there[:, None] & (cols < H)
-        x = tl.load(h + at + cols, mask=inside, other=0.0).to(tl.float32) - mean[:, None]
-        squares += tl.sum(tl.where(inside, x * x, 0.0), 1)
-    return mean, tl.sqrt(squares / tl.maximum(H - 1, 1))
+def moments(x, within, H: tl.constexpr):
+    """Mean and unbiased deviation of a row."""
+    mean = tl.sum(x, 0) / H
+    centred = tl.where(within, x - mean, 0.0)
+    return mean, tl.sqrt(tl.sum(centred * centred, 0) / tl.maximum(H - 1, 1))
 
 
 @triton.jit
@@ -124,8 +114,7 @@ def encode(
     h, encoder, settings, rows, row_set, sae_set, order, meta, narrow, wide, H: tl.constexpr, F: tl.constexpr,
     S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Features of the listed tokens: ``narrow`` in the dtype of the tables, and ``wide`` in fp32 where they are chosen
-    among or logged."""
+    """Features of the listed tokens to ``narrow`` in the tables' dtype, or their products to ``wide`` in fp32."""
     tiles = tl.load(meta + S)
     columns = (F + BN - 1) // BN
     for tile in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
@@ -150,105 +139,153 @@ def encode(
                 a = tl.load(left + cols[None, :], mask=cols[None, :] < H, other=0.0)
                 b = tl.load(right + cols[:, None], mask=(cols[:, None] < H) & (f[None, :] < F), other=0.0)
             acc = product(a.to(b.dtype), b, acc, PRECISION)
-        mean = tl.zeros([BM], tl.float32)
-        deviation = tl.full([BM], 1.0, tl.float32)
-        if tl.load(settings + far(slot, F) * 8 + 6) >= 0:
-            mean, deviation = moments(h, token, there, H, BM, BK)
-        found = features(acc, mean[:, None], deviation[:, None], settings + line[None, :] * 8, (f < F)[None, :])
         target = place.to(tl.int64)[:, None] * F + f[None, :]
         inside = there[:, None] & (f < F)[None, :]
-        tl.store(narrow + target, found.to(narrow.dtype.element_ty), mask=inside)
         row = tl.load(rows + token)
         logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
-        if (tl.load(sae_set + slot * 4 + 1) > 0) | (tl.max(logged, 0) > 0):
-            tl.store(wide + target, found, mask=inside)
+        if chosen_later(settings + far(slot, F) * 8, tl.load(sae_set + slot * 4 + 1), tl.max(logged, 0)):
+            tl.store(wide + target, acc, mask=inside)
+        else:
+            found = _features_of_tile(acc, settings + line[None, :] * 8, (f < F)[None, :])
+            tl.store(narrow + target, found.to(narrow.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _bits(values, low, high, count, F: tl.constexpr, BF: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """Histogram of some bits of the values whose bits lie in [low, high), 0 and NaN left out."""
-    total = tl.zeros([BINS], tl.int32)
+def _features_of_tile(p, lines, there):
+    """`features` without a norm of rows, of three numbers a column: registers hold each of them for every column."""
+    factor = tl.load(lines + 4, mask=there, other=1.0)
+    limit = (tl.load(lines + 1, mask=there, other=float("inf")) - tl.load(lines, mask=there, other=0.0)) / factor
+    gain = tl.load(lines + 2, mask=there, other=0.0) * factor
+    magnitude = tl.load(lines + 3, mask=there, other=0.0)
+    f = tl.where(p > limit, tl.maximum(gain * p + magnitude, 0.0), 0.0)
+    return tl.where(p != p, p, f)
+
+
+@triton.jit
+def chosen_later(lines, k, logged):
+    """Whether products become features in `select`: where rows are normalised, or features chosen among or logged."""
+    return (k > 0) | (logged > 0) | (tl.load(lines + 6) >= 0)
+
+
+@triton.jit
+def _at_least(own, base, SHIFT, F: tl.constexpr, BF: tl.constexpr):
+    """How many keys are at least ``base`` plus one, two and three steps: three counts of 21 bits in one sum."""
+    total = tl.full((), 0, tl.int64)
+    step = tl.full((), 1, tl.int64) << SHIFT
     for start in range(0, F, BF):
         f = start + tl.arange(0, BF)
-        x = tl.load(values + f, mask=f < count, other=0.0)
-        key = tl.where(x > 0, x, 0.0).to(tl.int32, bitcast=True)
-        inside = (x > 0) & (key >= low) & (key < high)
-        total += tl.histogram((key >> SHIFT) & (BINS - 1), BINS, mask=inside)
+        key = key_of(tl.load(own + f, mask=f < F, other=0.0)).to(tl.int64)
+        counts = (key >= base + step).to(tl.int64)
+        counts += (key >= base + 2 * step).to(tl.int64) << 21
+        counts += (key >= base + 3 * step).to(tl.int64) << 42
+        total += tl.sum(counts, 0)
     return total
 
 
 @triton.jit
-def _bin_of(total, wanted, BINS: tl.constexpr):
-    """The bin in which the ``wanted`` largest end, and how many of them lie in it."""
-    bins = tl.arange(0, BINS)
-    behind = tl.sum(total, 0) - tl.cumsum(total, 0)  # in the bins above
-    found = tl.max(tl.where(behind + total >= wanted, bins, -1), 0)
-    return found, wanted - tl.sum(tl.where(bins == found, behind, 0), 0)
+def key_of(x):
+    """Bits of a positive number, which order as the numbers do; 0 for all others and for NaN."""
+    return tl.where(x > 0, x, 0.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def limit(values, wanted, count, F: tl.constexpr, BF: tl.constexpr):
-    """Bits of the ``wanted``-th largest positive value, and how many of those with just these bits are among them; the
-    smallest positive bits and all of them where there are fewer."""
-    high = _bits(values, 0, 2147483647, count, F, BF, 20, 2048)
-    low = tl.full((), 1, tl.int32)
-    rest = tl.full((), 2147483647, tl.int32)
-    if tl.sum(high, 0) >= wanted:
-        first, left = _bin_of(high, wanted, 2048)
-        middle = _bits(values, first << 20, (first + 1) << 20, count, F, BF, 9, 2048)
-        second, left = _bin_of(middle, left, 2048)
-        base = (first << 20) + (second << 9)
-        last, rest = _bin_of(_bits(values, base, base + 512, count, F, BF, 0, 512), left, 512)
-        low = base + last
-    return low, rest
+def limit(own, wanted, F: tl.constexpr, BF: tl.constexpr):
+    """Bits of the ``wanted``-th largest positive value, and how many with just these bits are among them; the smallest
+    positive bits and all of them where there are fewer. Two bits of the answer a pass, the last alone."""
+    base = tl.full((), 0, tl.int64)
+    for step in range(16):
+        shift = tl.maximum(29 - 2 * step, 0)
+        counts = _at_least(own, base, shift, F, BF)
+        digit = ((counts & 2097151) >= wanted).to(tl.int64) + (((counts >> 21) & 2097151) >= wanted).to(tl.int64)
+        base += (digit + ((counts >> 42) >= wanted).to(tl.int64)) << shift
+    above = tl.full((), 0, tl.int32)
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        above += tl.sum((key_of(tl.load(own + f, mask=f < F, other=0.0)).to(tl.int64) > base).to(tl.int32), 0)
+    return tl.maximum(base, 1).to(tl.int32), tl.where(base > 0, wanted - above, 2147483647)
 
 
 @triton.jit
 def select(
-    rows, row_set, sae_set, order, meta, narrow, wide, log, F: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
-    BF: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
+    h, settings, rows, row_set, sae_set, order, meta, narrow, wide, log, H: tl.constexpr, BLOCK: tl.constexpr,
+    F: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
 ):  # fmt: skip
-    """Of each listed token the k largest features, others to 0, and the L largest to the log; one program at a time."""
+    """Features of products that `encode` left, the k largest of them, others 0, and the L largest to the log."""
     for place in range(tl.program_id(0), tl.load(meta + S + 1), tl.num_programs(0)):
         token = tl.load(order + place)
         if token >= 0:
             slot = slot_of(meta, place // BM, S)
             k = tl.load(sae_set + slot * 4 + 1).to(tl.int32)
-            count = tl.load(sae_set + slot * 4).to(tl.int32)
+            lines = settings + far(slot, F) * 8
+            logged = tl.load(row_set + tl.load(rows + token) * 4 + 2)
             own = wide + far(place, F)
+            if chosen_later(lines, k, _any_logged(rows, row_set, order, place // BM * BM, BM)):
+                _activated(h + far(token, H), own, narrow + far(place, F), lines, H, BLOCK, F, BF)
+                tl.debug_barrier()
             if k > 0:
-                low, rest = limit(own, k, count, F, BF)
-                equal = 0
-                for start in range(0, F, BF):
-                    f = start + tl.arange(0, BF)
-                    x = tl.load(own + f, mask=f < count, other=0.0)
-                    key = tl.where(x > 0, x, 0.0).to(tl.int32, bitcast=True)
-                    same = (key == low) & (x > 0)
-                    kept = (key > low) | (same & (equal + tl.cumsum(same.to(tl.int32), 0) <= rest)) | (x != x)
-                    equal += tl.sum(same.to(tl.int32), 0)
-                    y = tl.where(kept, x, 0.0)
-                    tl.store(own + f, y, mask=f < F)
-                    tl.store(narrow + far(place, F) + f, y.to(narrow.dtype.element_ty), mask=f < F)
+                _kept(own, narrow + far(place, F), k, F, BF)
                 tl.debug_barrier()
             if L > 0:  # noqa: SIM102 -- a constant: without it there is no log
-                if tl.load(row_set + tl.load(rows + token) * 4 + 2) > 0:
-                    _logged(own, log + far(token, 2 * L), count, F, BF, L, LP)
+                if logged > 0:
+                    _logged(own, log + far(token, 2 * L), F, BF, L, LP)
 
 
 @triton.jit
-def _logged(own, line, count, F: tl.constexpr, BF: tl.constexpr, L: tl.constexpr, LP: tl.constexpr):
+def _any_logged(rows, row_set, order, first, BM: tl.constexpr):
+    """Whether a tile has a token that is logged; its products are all left for later then."""
+    token = tl.load(order + first + tl.arange(0, BM))
+    row = tl.load(rows + tl.maximum(token, 0))
+    return tl.max(tl.load(row_set + row * 4 + 2, mask=token >= 0, other=0.0), 0)
+
+
+@triton.jit
+def _activated(row, own, narrow, lines, H: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
+    """Features in place of a token's products."""
+    cols = tl.arange(0, BLOCK)
+    mean = tl.full((), 0.0, tl.float32)
+    deviation = tl.full((), 1.0, tl.float32)
+    if tl.load(lines + 6) >= 0:
+        x = tl.load(row + cols, mask=cols < H, other=0.0).to(tl.float32)
+        mean, deviation = moments(x, cols < H, H)
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        p = tl.load(own + f, mask=f < F, other=0.0)
+        found = features(p, mean, deviation, lines + f * 8, f < F)
+        tl.store(own + f, found, mask=f < F)
+        tl.store(narrow + f, found.to(narrow.dtype.element_ty), mask=f < F)
+
+
+@triton.jit
+def _kept(own, narrow, k, F: tl.constexpr, BF: tl.constexpr):
+    """The k largest features of a token, of equal ones the first, and 0 in place of the others."""
+    low, rest = limit(own, k, F, BF)
+    equal = tl.full((), 0, tl.int32)
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        x = tl.load(own + f, mask=f < F, other=0.0)
+        key = key_of(x)
+        same = (key == low) & (x > 0)
+        kept = (key > low) | (same & (equal + tl.cumsum(same.to(tl.int32), 0) <= rest)) | (x != x)
+        equal += tl.sum(same.to(tl.int32), 0)
+        y = tl.where(kept, x, 0.0)
+        tl.store(own + f, y, mask=f < F)
+        tl.store(narrow + f, y.to(narrow.dtype.element_ty), mask=f < F)
+
+
+@triton.jit
+def _logged(own, line, F: tl.constexpr, BF: tl.constexpr, L: tl.constexpr, LP: tl.constexpr):
     """Write the L largest features of a token: listed as they come, then put in order."""
     lane = tl.arange(0, LP)
     tl.store(line + lane, tl.full([LP], -1.0, tl.float32), mask=lane < L)
     tl.store(line + L + lane, tl.zeros([LP], tl.float32), mask=lane < L)
     tl.debug_barrier()
-    low, rest = limit(own, L, count, F, BF)
-    equal = 0
-    taken = 0
+    low, rest = limit(own, L, F, BF)
+    equal = tl.full((), 0, tl.int32)
+    taken = tl.full((), 0, tl.int32)
     for start in range(0, F, BF):
         f = start + tl.arange(0, BF)
-        x = tl.load(own + f, mask=f < count, other=0.0)
-        key = tl.where(x > 0, x, 0.0).to(tl.int32, bitcast=True)
+        x = tl.load(own + f, mask=f < F, other=0.0)
+        key = key_of(x)
         same = (key == low) & (x > 0)
         kept = (key > low) | (same & (equal + tl.cumsum(same.to(tl.int32), 0) <= rest))
         place = taken + tl.cumsum(kept.to(tl.int32), 0) - 1

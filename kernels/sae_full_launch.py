@@ -13,8 +13,8 @@ from steer_compile.kernels.sae_full_decode import decode, finish
 from steer_compile.kernels.sae_full_kernels import META, compact, encode, select
 
 CHUNK = 1024
-"""Tokens that are listed at once."""
-FEATURES = 4096
+"""Most tokens that are listed at once."""
+FEATURES = 16384
 """Features that are chosen among at once."""
 
 
@@ -34,7 +34,9 @@ def tiles_of(capacity: int, width: int, itemsize: int) -> Tiles:
     """Tiles for at most ``capacity`` tokens, rows of ``width`` numbers and weights of ``itemsize`` bytes."""
     tokens = 16 if capacity <= 16 else 32 if capacity <= 32 else 64 if capacity <= 512 else 128
     depth = min(64 if itemsize < 4 else 32, max(16, 1 << (width - 1).bit_length()))
-    return Tiles(tokens, 128 if itemsize < 4 else 64, depth, 8 if tokens == 128 else 4, 4 if itemsize < 4 else 3)
+    if tokens == 128 and itemsize < 4:
+        return Tiles(tokens, 256, depth, 8, 3)
+    return Tiles(tokens, 128 if itemsize < 4 else 64, depth, 4, 4 if itemsize < 4 else 3)
 
 
 def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
@@ -56,27 +58,33 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     wide = torch.empty((filled, count), dtype=fp32, device=device)
     columns = -(-width // tiles.columns)
     sums = torch.empty((max(filled, -(-programs // columns) * tiles.tokens), width), dtype=fp32, device=device)
+    block = 1 << max(width - 1, 15).bit_length()
     precision = "ieee" if a.encoder.dtype == fp32 or device.type != "cuda" else "tf32"
     shape: dict[str, Any] = {"S": slots, "BM": tiles.tokens}
     matmul: dict[str, Any] = {
-        "H": width, "F": count, **shape, "BN": tiles.columns, "BK": tiles.depth, "PRECISION": precision,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "H": width, "F": count, **shape, "BK": tiles.depth, "PRECISION": precision, "num_warps": tiles.warps,
     }  # fmt: skip
     listed = (order, meta)
-    wrap(compact)[(1,)](a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=CHUNK)
+    chunk = CHUNK if not isinstance(tokens, int) else min(CHUNK, max(32, 1 << (tokens - 1).bit_length()))
+    wrap(compact)[(1,)](a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=chunk)
     wrap(encode)[(programs,)](
-        a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, **matmul
+        a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, **matmul,
+        BN=min(tiles.columns, 128), num_stages=4,
     )  # fmt: skip
     top = 0 if a.log is None else a.log.size(-1) // 2
     wrap(select)[(min(programs, filled),)](
-        a.rows, a.row_set, a.sae_set, *listed, narrow, wide, wide if a.log is None else a.log, F=count, **shape,
-        BF=min(FEATURES, 1 << (count - 1).bit_length()), L=top, LP=1 << max(top - 1, 0).bit_length(), num_warps=8,
+        a.h, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, wide if a.log is None else a.log,
+        H=width, BLOCK=block, F=count, **shape, BF=min(FEATURES, 1 << (count - 1).bit_length()), L=top,
+        LP=1 << max(top - 1, 0).bit_length(), num_warps=16 if count > 4096 else 4,
     )  # fmt: skip
-    wrap(decode)[(programs,)](a.decoder, a.rows, a.row_set, *listed, narrow, sums, **matmul, PARTS=tiles.parts)
+    wrap(decode)[(programs,)](
+        a.decoder, a.rows, a.row_set, *listed, narrow, sums, **matmul, BN=tiles.columns, PARTS=tiles.parts,
+        num_stages=tiles.stages,
+    )  # fmt: skip
     wrap(finish)[(min(programs, room),)](
         a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, *listed, narrow, wide,
         sums, programs, H=width, F=count, **shape, K=clamps, BN=tiles.columns,
-        BLOCK=1 << max(width - 1, 15).bit_length(), PARTS=tiles.parts, num_warps=8,
+        BLOCK=block, PARTS=tiles.parts, num_warps=8,
     )  # fmt: skip
 
 
