@@ -11,6 +11,7 @@ wrong one is reported as red, without a number. Needs a CUDA device.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -202,16 +203,39 @@ def parts_row(a: SaeFullArgs) -> str:
     return " ".join(f"{e.key}={e.device_time_total / 5:.1f}" for e in averages if e.device_time_total)
 
 
+def tune() -> None:
+    """Time the matmuls of other tiles, for few and for many tokens."""
+    original = sae_full_launch.plan_of
+    for tokens, opted in ((256, 8), (256, 256), (4096, 4096)):
+        a = full_args(tokens, opted, 16384, 0, tokens)
+        for rows, columns_, warps, stages in itertools.product((64, 128), (64, 128, 256), (4, 8), (3, 4, 5)):
+            tile = sae_full_launch.Tiles(columns_, warps, stages)
+            plan = sae_full_launch.Plan(rows, 64, tile, tile)
+            sae_full_launch.plan_of = lambda *_, chosen=plan: chosen  # type: ignore[assignment]
+            if (rows + columns_) * 128 * stages > 220_000 or (warps == 4 and rows * columns_ > 16384):
+                continue
+            text = parts_row(a)
+            print(
+                f"tune {tokens} {opted} rows={rows} columns={columns_} warps={warps} stages={stages}: {text}",
+                flush=True,
+            )
+    sae_full_launch.plan_of = original
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=("delta", "full"))
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--features", type=int, nargs="*", default=[16384, 65536])
     parser.add_argument("--opted", type=int, nargs="*", default=[0, 1, 8, 64, 256])
     parser.add_argument("--many", type=int, nargs="*", default=[1024, 4096])
     options, where = records.begin(parser)
     where["copy_tb_per_s"] = round(timing.copy_bandwidth(), 3)
     with torch.no_grad():
+        if options.tune:
+            tune()
+            return
         if options.only != "full":
             table = []
             for tokens in (1, 16, 64, 256):

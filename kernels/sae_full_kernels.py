@@ -168,41 +168,52 @@ def chosen_later(lines, k, logged):
 
 
 @triton.jit
-def _at_least(own, base, SHIFT, F: tl.constexpr, BF: tl.constexpr):
-    """How many keys are at least ``base`` plus one, two and three steps: three counts of 21 bits in one sum."""
-    total = tl.full((), 0, tl.int64)
-    step = tl.full((), 1, tl.int64) << SHIFT
-    for start in range(0, F, BF):
-        f = start + tl.arange(0, BF)
-        key = key_of(tl.load(own + f, mask=f < F, other=0.0)).to(tl.int64)
-        counts = (key >= base + step).to(tl.int64)
-        counts += (key >= base + 2 * step).to(tl.int64) << 21
-        counts += (key >= base + 3 * step).to(tl.int64) << 42
-        total += tl.sum(counts, 0)
-    return total
-
-
-@triton.jit
 def key_of(x):
     """Bits of a positive number, which order as the numbers do; 0 for all others and for NaN."""
     return tl.where(x > 0, x, 0.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
+def _sums(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def _keys(own, held, start, F: tl.constexpr, BF: tl.constexpr):
+    """Keys of a part of a token's features: those that are held where one part is all."""
+    if F <= BF:
+        found = held
+    else:
+        f = start + tl.arange(0, BF)
+        found = key_of(tl.load(own + f, mask=f < F, other=0.0))
+    return found
+
+
+@triton.jit
 def limit(own, wanted, F: tl.constexpr, BF: tl.constexpr):
     """Bits of the ``wanted``-th largest positive value, and how many with just these bits are among them; the smallest
     positive bits and all of them where there are fewer. Two bits of the answer a pass, the last alone."""
-    base = tl.full((), 0, tl.int64)
+    lane = tl.arange(0, BF)
+    held = key_of(tl.load(own + lane, mask=lane < F, other=0.0))
+    base = tl.full((), 0, tl.int32)
     for step in range(16):
         shift = tl.maximum(29 - 2 * step, 0)
-        counts = _at_least(own, base, shift, F, BF)
-        digit = ((counts & 2097151) >= wanted).to(tl.int64) + (((counts >> 21) & 2097151) >= wanted).to(tl.int64)
-        base += (digit + ((counts >> 42) >= wanted).to(tl.int64)) << shift
-    above = tl.full((), 0, tl.int32)
+        one = tl.full((), 1, tl.int32) << shift
+        first = tl.zeros([BF], tl.int32)
+        second = tl.zeros([BF], tl.int32)
+        third = tl.zeros([BF], tl.int32)
+        for start in range(0, F, BF):
+            key = _keys(own, held, start, F, BF) - base  # what is below it turns negative, and stays so
+            first += (key >= one).to(tl.int32)
+            second += (key >= one + one).to(tl.int32)
+            third += (key >= one + one + one).to(tl.int32)
+        most, more, few = tl.reduce((first, second, third), 0, _sums)
+        digit = (most >= wanted).to(tl.int32) + (more >= wanted).to(tl.int32) + (few >= wanted).to(tl.int32)
+        base += digit << shift
+    above = tl.zeros([BF], tl.int32)
     for start in range(0, F, BF):
-        f = start + tl.arange(0, BF)
-        above += tl.sum((key_of(tl.load(own + f, mask=f < F, other=0.0)).to(tl.int64) > base).to(tl.int32), 0)
-    return tl.maximum(base, 1).to(tl.int32), tl.where(base > 0, wanted - above, 2147483647)
+        above += (_keys(own, held, start, F, BF) > base).to(tl.int32)
+    return tl.maximum(base, 1), tl.where(base > 0, wanted - tl.sum(above, 0), 2147483647)
 
 
 @triton.jit
@@ -211,7 +222,13 @@ def select(
     F: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
 ):  # fmt: skip
     """Features of products that `encode` left, the k largest of them, others 0, and the L largest to the log."""
-    for place in range(tl.program_id(0), tl.load(meta + S + 1), tl.num_programs(0)):
+    end = tl.load(meta + S + 1)
+    if L == 0:
+        waiting = False
+        for s in range(S):
+            waiting = waiting | chosen_later(settings + far(s, F) * 8, tl.load(sae_set + s * 4 + 1), 0)
+        end = tl.where(waiting, end, 0)
+    for place in range(tl.program_id(0), end, tl.num_programs(0)):
         token = tl.load(order + place)
         if token >= 0:
             slot = slot_of(meta, place // BM, S)

@@ -12,7 +12,7 @@ from steer_compile.kernels.sae_full import SaeFullArgs
 from steer_compile.kernels.sae_full_decode import decode, finish
 from steer_compile.kernels.sae_full_kernels import META, compact, encode, select
 
-CHUNK = 1024
+CHUNK = 4096
 """Most tokens that are listed at once."""
 FEATURES = 16384
 """Features that are chosen among at once."""
@@ -20,23 +20,33 @@ FEATURES = 16384
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile of both matmuls, warps and stages, and into how many parts the features are split at most."""
+    """Tile of a matmul: its columns, warps and stages."""
 
-    tokens: int
     columns: int
-    depth: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens of a tile, depth of a step, the tiles of both matmuls, and into how many parts the features are split."""
+
+    tokens: int
+    depth: int
+    encode: Tiles
+    decode: Tiles
     parts: int = 32
 
 
-def tiles_of(capacity: int, width: int, itemsize: int) -> Tiles:
+def plan_of(capacity: int, width: int, itemsize: int) -> Plan:
     """Tiles for at most ``capacity`` tokens, rows of ``width`` numbers and weights of ``itemsize`` bytes."""
     tokens = 16 if capacity <= 16 else 32 if capacity <= 32 else 64 if capacity <= 512 else 128
     depth = min(64 if itemsize < 4 else 32, max(16, 1 << (width - 1).bit_length()))
-    if tokens == 128 and itemsize < 4:
-        return Tiles(tokens, 256, depth, 8, 3)
-    return Tiles(tokens, 128 if itemsize < 4 else 64, depth, 4, 4 if itemsize < 4 else 3)
+    if itemsize == 4:
+        return Plan(tokens, depth, Tiles(64, 4, 3), Tiles(64, 4, 3))
+    if tokens == 128:
+        return Plan(tokens, depth, Tiles(128, 8, 4), Tiles(256, 8, 3))
+    return Plan(tokens, depth, Tiles(128, 4, 4), Tiles(128, 4, 4))
 
 
 def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
@@ -47,7 +57,7 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     slots = a.sae_set.size(0)
     count, clamps = a.encoder.size(0) // slots, a.row_clamp.size(1) // 3
     capacity = min(a.capacity, tokens) if isinstance(tokens, int) else a.capacity
-    tiles, programs = tiles_of(capacity, width, a.encoder.element_size()), _programs(a.h.device)
+    tiles, programs = plan_of(capacity, width, a.encoder.element_size()), _programs(a.h.device)
     filled = capacity + slots * tiles.tokens
     filled = -(-filled // tiles.tokens) * tiles.tokens
     room = filled + capacity
@@ -56,20 +66,31 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     meta = torch.empty(slots + META, dtype=torch.int32, device=device)
     narrow = torch.empty((filled, count), dtype=a.encoder.dtype, device=device)
     wide = torch.empty((filled, count), dtype=fp32, device=device)
-    columns = -(-width // tiles.columns)
+    columns = -(-width // tiles.decode.columns)
     sums = torch.empty((max(filled, -(-programs // columns) * tiles.tokens), width), dtype=fp32, device=device)
     block = 1 << max(width - 1, 15).bit_length()
     precision = "ieee" if a.encoder.dtype == fp32 or device.type != "cuda" else "tf32"
     shape: dict[str, Any] = {"S": slots, "BM": tiles.tokens}
     matmul: dict[str, Any] = {
-        "H": width, "F": count, **shape, "BK": tiles.depth, "PRECISION": precision, "num_warps": tiles.warps,
+        "H": width, "F": count, **shape, "BK": tiles.depth, "PRECISION": precision,
     }  # fmt: skip
     listed = (order, meta)
     chunk = CHUNK if not isinstance(tokens, int) else min(CHUNK, max(32, 1 << (tokens - 1).bit_length()))
-    wrap(compact)[(1,)](a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=chunk)
+    wrap(compact)[(1,)](
+        a.rows,
+        a.row_set,
+        a.sae_set,
+        *listed,
+        tokens,
+        capacity,
+        room,
+        **shape,
+        BT=chunk,
+        num_warps=16 if chunk > 1024 else 4,
+    )
     wrap(encode)[(programs,)](
         a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, **matmul,
-        BN=min(tiles.columns, 128), num_stages=4,
+        BN=tiles.encode.columns, num_warps=tiles.encode.warps, num_stages=tiles.encode.stages,
     )  # fmt: skip
     top = 0 if a.log is None else a.log.size(-1) // 2
     wrap(select)[(min(programs, filled),)](
@@ -78,12 +99,12 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
         LP=1 << max(top - 1, 0).bit_length(), num_warps=16 if count > 4096 else 4,
     )  # fmt: skip
     wrap(decode)[(programs,)](
-        a.decoder, a.rows, a.row_set, *listed, narrow, sums, **matmul, BN=tiles.columns, PARTS=tiles.parts,
-        num_stages=tiles.stages,
+        a.decoder, a.rows, a.row_set, *listed, narrow, sums, **matmul, BN=tiles.decode.columns, PARTS=tiles.parts,
+        num_warps=tiles.decode.warps, num_stages=tiles.decode.stages,
     )  # fmt: skip
-    wrap(finish)[(min(programs, room),)](
+    wrap(finish)[(min(4 * programs, room),)](
         a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, *listed, narrow, wide,
-        sums, programs, H=width, F=count, **shape, K=clamps, BN=tiles.columns,
+        sums, programs, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
         BLOCK=block, PARTS=tiles.parts, num_warps=8,
     )  # fmt: skip
 
