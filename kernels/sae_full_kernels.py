@@ -143,11 +143,19 @@ def encode(
         inside = there[:, None] & (f < F)[None, :]
         row = tl.load(rows + token)
         logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
-        if chosen_later(settings + far(slot, F) * 8, tl.load(sae_set + slot * 4 + 1), tl.max(logged, 0)):
+        if normalises(settings, slot, F):
             tl.store(wide + target, acc, mask=inside)
         else:
             found = _features_of_tile(acc, settings + line[None, :] * 8, (f < F)[None, :])
             tl.store(narrow + target, found.to(narrow.dtype.element_ty), mask=inside)
+            if (tl.load(sae_set + slot * 4 + 1) > 0) | (tl.max(logged, 0) > 0):
+                tl.store(wide + target, found, mask=inside)
+
+
+@triton.jit
+def normalises(settings, slot, F: tl.constexpr):
+    """Whether an autoencoder normalises rows: its products become features in `select` only."""
+    return tl.load(settings + far(slot, F) * 8 + 6) >= 0
 
 
 @triton.jit
@@ -159,12 +167,6 @@ def _features_of_tile(p, lines, there):
     magnitude = tl.load(lines + 3, mask=there, other=0.0)
     f = tl.where(p > limit, tl.maximum(gain * p + magnitude, 0.0), 0.0)
     return tl.where(p != p, p, f)
-
-
-@triton.jit
-def chosen_later(lines, k, logged):
-    """Whether products become features in `select`: where rows are normalised, or features chosen among or logged."""
-    return (k > 0) | (logged > 0) | (tl.load(lines + 6) >= 0)
 
 
 @triton.jit
@@ -190,30 +192,58 @@ def _keys(own, held, start, F: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit
+def _packed(key, one, J: tl.constexpr):
+    """Whether keys reach J, J + 1 and J + 2 steps, in three fields of one number, so that one sum counts all."""
+    found = (key >= J * one).to(tl.int64)
+    found += (key >= (J + 1) * one).to(tl.int64) << 21
+    return found + ((key >= (J + 2) * one).to(tl.int64) << 42)
+
+
+@triton.jit
+def _reached(counts, wanted):
+    """How many of the three fields are at least ``wanted``."""
+    low = ((counts & 2097151) >= wanted).to(tl.int32) + (((counts >> 21) & 2097151) >= wanted).to(tl.int32)
+    return low + ((counts >> 42) >= wanted).to(tl.int32)
+
+
+@triton.jit
 def limit(own, wanted, F: tl.constexpr, BF: tl.constexpr):
-    """Bits of the ``wanted``-th largest positive value, and how many with just these bits are among them; the smallest
-    positive bits and all of them where there are fewer. Two bits of the answer a pass, the last alone."""
+    """Bits of the ``wanted``-th largest positive value, how many with just these bits are among them, and how many
+    there are; the smallest positive bits where there are fewer. Three bits of the answer a pass, the last alone."""
     lane = tl.arange(0, BF)
     held = key_of(tl.load(own + lane, mask=lane < F, other=0.0))
     base = tl.full((), 0, tl.int32)
-    for step in range(16):
-        shift = tl.maximum(29 - 2 * step, 0)
+    for step in range(11):
+        shift = tl.maximum(28 - 3 * step, 0)
         one = tl.full((), 1, tl.int32) << shift
-        first = tl.zeros([BF], tl.int32)
-        second = tl.zeros([BF], tl.int32)
+        first = tl.zeros([BF], tl.int64)
+        second = tl.zeros([BF], tl.int64)
         third = tl.zeros([BF], tl.int32)
         for start in range(0, F, BF):
             key = _keys(own, held, start, F, BF) - base  # what is below it turns negative, and stays so
-            first += (key >= one).to(tl.int32)
-            second += (key >= one + one).to(tl.int32)
-            third += (key >= one + one + one).to(tl.int32)
-        most, more, few = tl.reduce((first, second, third), 0, _sums)
-        digit = (most >= wanted).to(tl.int32) + (more >= wanted).to(tl.int32) + (few >= wanted).to(tl.int32)
-        base += digit << shift
+            first += _packed(key, one, 1)
+            second += _packed(key, one, 4)
+            third += (key >= 7 * one).to(tl.int32)
+        some, more, few = tl.reduce((first, second, third), 0, _sums)
+        base += (_reached(some, wanted) + _reached(more, wanted) + (few >= wanted).to(tl.int32)) << shift
     above = tl.zeros([BF], tl.int32)
+    equal = tl.zeros([BF], tl.int32)
     for start in range(0, F, BF):
-        above += (_keys(own, held, start, F, BF) > base).to(tl.int32)
-    return tl.maximum(base, 1), tl.where(base > 0, wanted - tl.sum(above, 0), 2147483647)
+        key = _keys(own, held, start, F, BF)
+        above += (key > base).to(tl.int32)
+        equal += (key == base).to(tl.int32)
+    rest = tl.where(base > 0, wanted - tl.sum(above, 0), 2147483647)
+    return tl.maximum(base, 1), rest, tl.where(base > 0, tl.sum(equal, 0), 0)
+
+
+@triton.jit
+def _among(key, low, rest, equal, seen):
+    """Which keys are among the largest, of equal ones the first ``rest``; ``seen``: how many of these came before."""
+    same = key == low
+    kept = key >= low
+    if equal > rest:  # rare, and a running count is dear
+        kept = (key > low) | (same & (seen + tl.cumsum(same.to(tl.int32), 0) <= rest))
+    return kept, seen + tl.sum(same.to(tl.int32), 0)
 
 
 @triton.jit
@@ -225,45 +255,33 @@ def select(
     end = tl.load(meta + S + 1)
     if L == 0:
         waiting = False
-        for s in range(S):
-            waiting = waiting | chosen_later(settings + far(s, F) * 8, tl.load(sae_set + s * 4 + 1), 0)
+        for slot in range(S):
+            waiting = waiting | normalises(settings, slot, F) | (tl.load(sae_set + slot * 4 + 1) > 0)
         end = tl.where(waiting, end, 0)
     for place in range(tl.program_id(0), end, tl.num_programs(0)):
         token = tl.load(order + place)
         if token >= 0:
             slot = slot_of(meta, place // BM, S)
             k = tl.load(sae_set + slot * 4 + 1).to(tl.int32)
-            lines = settings + far(slot, F) * 8
-            logged = tl.load(row_set + tl.load(rows + token) * 4 + 2)
             own = wide + far(place, F)
-            if chosen_later(lines, k, _any_logged(rows, row_set, order, place // BM * BM, BM)):
+            if normalises(settings, slot, F):
+                lines = settings + far(slot, F) * 8
                 _activated(h + far(token, H), own, narrow + far(place, F), lines, H, BLOCK, F, BF)
                 tl.debug_barrier()
             if k > 0:
                 _kept(own, narrow + far(place, F), k, F, BF)
                 tl.debug_barrier()
             if L > 0:  # noqa: SIM102 -- a constant: without it there is no log
-                if logged > 0:
+                if tl.load(row_set + tl.load(rows + token) * 4 + 2) > 0:
                     _logged(own, log + far(token, 2 * L), F, BF, L, LP)
 
 
 @triton.jit
-def _any_logged(rows, row_set, order, first, BM: tl.constexpr):
-    """Whether a tile has a token that is logged; its products are all left for later then."""
-    token = tl.load(order + first + tl.arange(0, BM))
-    row = tl.load(rows + tl.maximum(token, 0))
-    return tl.max(tl.load(row_set + row * 4 + 2, mask=token >= 0, other=0.0), 0)
-
-
-@triton.jit
 def _activated(row, own, narrow, lines, H: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
-    """Features in place of a token's products."""
+    """Features in place of a token's products, behind the norm of its row."""
     cols = tl.arange(0, BLOCK)
-    mean = tl.full((), 0.0, tl.float32)
-    deviation = tl.full((), 1.0, tl.float32)
-    if tl.load(lines + 6) >= 0:
-        x = tl.load(row + cols, mask=cols < H, other=0.0).to(tl.float32)
-        mean, deviation = moments(x, cols < H, H)
+    x = tl.load(row + cols, mask=cols < H, other=0.0).to(tl.float32)
+    mean, deviation = moments(x, cols < H, H)
     for start in range(0, F, BF):
         f = start + tl.arange(0, BF)
         p = tl.load(own + f, mask=f < F, other=0.0)
@@ -275,16 +293,13 @@ def _activated(row, own, narrow, lines, H: tl.constexpr, BLOCK: tl.constexpr, F:
 @triton.jit
 def _kept(own, narrow, k, F: tl.constexpr, BF: tl.constexpr):
     """The k largest features of a token, of equal ones the first, and 0 in place of the others."""
-    low, rest = limit(own, k, F, BF)
-    equal = tl.full((), 0, tl.int32)
+    low, rest, equal = limit(own, k, F, BF)
+    seen = tl.full((), 0, tl.int32)
     for start in range(0, F, BF):
         f = start + tl.arange(0, BF)
         x = tl.load(own + f, mask=f < F, other=0.0)
-        key = key_of(x)
-        same = (key == low) & (x > 0)
-        kept = (key > low) | (same & (equal + tl.cumsum(same.to(tl.int32), 0) <= rest)) | (x != x)
-        equal += tl.sum(same.to(tl.int32), 0)
-        y = tl.where(kept, x, 0.0)
+        kept, seen = _among(key_of(x), low, rest, equal, seen)
+        y = tl.where(kept | (x != x), x, 0.0)
         tl.store(own + f, y, mask=f < F)
         tl.store(narrow + f, y.to(narrow.dtype.element_ty), mask=f < F)
 
@@ -296,19 +311,16 @@ def _logged(own, line, F: tl.constexpr, BF: tl.constexpr, L: tl.constexpr, LP: t
     tl.store(line + lane, tl.full([LP], -1.0, tl.float32), mask=lane < L)
     tl.store(line + L + lane, tl.zeros([LP], tl.float32), mask=lane < L)
     tl.debug_barrier()
-    low, rest = limit(own, L, F, BF)
-    equal = tl.full((), 0, tl.int32)
+    low, rest, equal = limit(own, L, F, BF)
+    seen = tl.full((), 0, tl.int32)
     taken = tl.full((), 0, tl.int32)
     for start in range(0, F, BF):
         f = start + tl.arange(0, BF)
         x = tl.load(own + f, mask=f < F, other=0.0)
-        key = key_of(x)
-        same = (key == low) & (x > 0)
-        kept = (key > low) | (same & (equal + tl.cumsum(same.to(tl.int32), 0) <= rest))
+        kept, seen = _among(key_of(x), low, rest, equal, seen)
         place = taken + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(line + place, f.to(tl.float32), mask=kept)
         tl.store(line + L + place, x, mask=kept)
-        equal += tl.sum(same.to(tl.int32), 0)
         taken += tl.sum(kept.to(tl.int32), 0)
     tl.debug_barrier()
     index = tl.load(line + lane, mask=lane < L, other=-1.0)

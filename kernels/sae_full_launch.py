@@ -45,8 +45,8 @@ def plan_of(capacity: int, width: int, itemsize: int) -> Plan:
     if itemsize == 4:
         return Plan(tokens, depth, Tiles(64, 4, 3), Tiles(64, 4, 3))
     if tokens == 128:
-        return Plan(tokens, depth, Tiles(128, 8, 4), Tiles(256, 8, 3))
-    return Plan(tokens, depth, Tiles(128, 4, 4), Tiles(128, 4, 4))
+        return Plan(tokens, depth, Tiles(128, 4, 3), Tiles(256, 8, 3))
+    return Plan(tokens, depth, Tiles(128, 4, 4 if capacity > 64 else 5), Tiles(128, 4, 4))
 
 
 def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
