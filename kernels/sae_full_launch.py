@@ -10,7 +10,8 @@ import torch
 
 from steer_compile.kernels.sae_full import SaeFullArgs
 from steer_compile.kernels.sae_full_decode import decode, finish
-from steer_compile.kernels.sae_full_kernels import META, compact, encode, select
+from steer_compile.kernels.sae_full_kernels import META, compact, encode
+from steer_compile.kernels.sae_full_select import GROUP, LISTED, select
 
 CHUNK = 4096
 """Most tokens that are listed at once."""
@@ -74,6 +75,9 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     matmul: dict[str, Any] = {
         "H": width, "F": count, **shape, "BK": tiles.depth, "PRECISION": precision,
     }  # fmt: skip
+    most = max(1 << (count - 1).bit_length(), GROUP.value)
+    groups = most // GROUP.value
+    notes = torch.empty((filled, groups + LISTED.value), dtype=torch.int32, device=device)
     listed = (order, meta)
     chunk = CHUNK if not isinstance(tokens, int) else min(CHUNK, max(32, 1 << (tokens - 1).bit_length()))
     wrap(compact)[(1,)](
@@ -94,8 +98,8 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     )  # fmt: skip
     top = 0 if a.log is None else a.log.size(-1) // 2
     wrap(select)[(min(programs, filled),)](
-        a.h, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, wide if a.log is None else a.log,
-        H=width, BLOCK=block, F=count, **shape, BF=min(FEATURES, 1 << (count - 1).bit_length()), L=top,
+        a.h, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, wide if a.log is None else a.log, notes,
+        H=width, BLOCK=block, F=count, **shape, BF=min(FEATURES, most), G=groups, L=top,
         LP=1 << max(top - 1, 0).bit_length(), num_warps=16 if count > 4096 else 4,
     )  # fmt: skip
     wrap(decode)[(programs,)](
