@@ -66,7 +66,8 @@ def sae_delta(x: Tensor, args: SaeArgs, strength: Tensor | None = None) -> Tenso
     f = features_of(a, settings)
     there = (codes > 0) & ((codes < SET_ACTIVE) | (f > 0))
     changed = torch.where((codes == ADD) | (codes == ADD_ACTIVE), f + values, values)
-    moved = torch.where(there, (changed - f) * torch.where(normed, std, settings[:, 7]), 0.0)
+    steps = (changed - f) * torch.where(normed, std, settings[:, 7])
+    moved = torch.where(there, steps, torch.zeros_like(steps))  # no number: it has no form where the graph is traced
     acts = (codes > 0).any(-1, keepdim=True)
     if strength is not None:
         moved, acts = moved * strength.unsqueeze(-1), acts & (strength.unsqueeze(-1) != 0)
@@ -93,4 +94,5 @@ def activations_in(product: Tensor, mean: Tensor, std: Tensor, settings: Tensor)
 def features_of(a: Tensor, settings: Tensor) -> Tensor:
     """Features (..., C) of products ``a`` by their own limits."""
     magnitude = (settings[:, 2] * a + settings[:, 3]).relu()
-    return torch.where(a.isnan(), a, torch.where(a + settings[:, 0] > settings[:, 1], magnitude, 0.0))
+    opened = torch.where(a + settings[:, 0] > settings[:, 1], magnitude, torch.zeros_like(magnitude))
+    return torch.where(a.isnan(), a, opened)

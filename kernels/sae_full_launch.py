@@ -81,17 +81,9 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     listed = (order, meta)
     chunk = CHUNK if not isinstance(tokens, int) else min(CHUNK, max(32, 1 << (tokens - 1).bit_length()))
     wrap(compact)[(1,)](
-        a.rows,
-        a.row_set,
-        a.sae_set,
-        *listed,
-        tokens,
-        capacity,
-        room,
-        **shape,
-        BT=chunk,
+        a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=chunk,
         num_warps=16 if chunk > 1024 else 4,
-    )
+    )  # fmt: skip
     wrap(encode)[(programs,)](
         a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, **matmul,
         BN=tiles.encode.columns, num_warps=tiles.encode.warps, num_stages=tiles.encode.stages,

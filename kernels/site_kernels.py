@@ -241,6 +241,25 @@ def _summed(x, b, weight, bias, cols, dtype: tl.constexpr, H: tl.constexpr, BLOC
 
 
 @triton.jit
+def _write_normed(target, x, w, bias, cols, dtype: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+                  STAGES: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """The norm of a steered row, of what is written or of what it was before its rounding."""
+    y = _normalised(x if EXACT & STAGES else x.to(dtype).to(tl.float32), cols, H, BLOCK, NORM, EPS)
+    y = weigh(y, w, read_param(bias, cols, H, BLOCK, NORM & 8), dtype, NORM, OFFSET)
+    write_row(target, cols, y.to(dtype), H, BLOCK)
+
+
+@triton.jit
+def _moved_by_tables(x, vector, strength, v, tier_gain, STAGES: tl.constexpr):
+    """x with the row's vector and the tier."""
+    if ADD & STAGES:
+        x += vector * strength
+    if TIER & STAGES:
+        x += v * tier_gain
+    return x
+
+
+@triton.jit
 def site_row(
     h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
     probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
@@ -269,9 +288,8 @@ def site_row(
     vector = read_param(table + line, cols, H, BLOCK, (ADD & STAGES) and (FIRST or not GATED))
     monitors = read_monitors(probe_set, rowprobe_set, r, STAGES)
     factors = gates_in_front(gates, t, (GATES & STAGES) != 0)
-    if CLAMP & STAGES:
-        low, high, pull = read_bounds(clamp_set, r * K, K, KP)
-        directions = read_directions(clamp, r * K, cols, H, K, KP, False) if TILED else 0.0
+    low, high, pull = read_bounds(clamp_set, r * K, K, KP) if CLAMP & STAGES else (0.0, 0.0, 0.0)
+    directions = read_directions(clamp, r * K, cols, H, K, KP, False) if TILED and CLAMP & STAGES else 0.0
     codes = read_codes(sae_clamp, r, C, CP) if SAE & STAGES else 0.0
     if FIRST:
         p = read_param(probe, cols, H, BLOCK, MONITOR & STAGES)
@@ -281,15 +299,13 @@ def site_row(
     x = _summed(x, b, branch_weight, branch_bias, cols, dtype, H, BLOCK, STAGES, BRANCH_NORM, BRANCH_EPS,
                 BRANCH_OFFSET, BRANCH_SCALE)  # fmt: skip
     write_capture(capture, place, cols, x.to(dtype), H, BLOCK, STAGES)
-    if not FIRST:
-        p, q = _probes(probe, rowprobe + line, cols, d, H, BLOCK, STAGES)
+    p, q = (p, q) if FIRST else _probes(probe, rowprobe + line, cols, d, H, BLOCK, STAGES)
     dots = _projections(x, p, q, STAGES)
     store_scores(score, t, dots, STAGES)
     tier_gate, row_gate, clamp_gate = behind_monitors(dots, monitors, factors, d, STAGES)
-    if ADD & STAGES:
-        x += (vector if FIRST or not GATED else read_shared(table + line, cols, H, BLOCK)) * (strength * row_gate)
-    if TIER & STAGES:
-        x += (v if FIRST else read_shared(tier, cols, H, BLOCK)) * (tier_gain * tier_gate)
+    vector = vector if FIRST or not GATED else read_param(table + line, cols, H, BLOCK, ADD & STAGES)
+    v = v if FIRST else read_param(tier, cols, H, BLOCK, TIER & STAGES)
+    x = _moved_by_tables(x, vector, strength * row_gate, v, tier_gain * tier_gate, STAGES)
     if CLAMP & STAGES:
         pull *= clamp_gate
         if TILED:
@@ -302,7 +318,5 @@ def site_row(
             x = steered_by_features(x, codes, sae, sae_set, sae_clamp, r, clamp_gate, cols, H, BLOCK, C, CP, FT)
     write_row(out + at, cols, x.to(dtype), H, BLOCK)
     if NORM != 0:
-        y = _normalised(x if EXACT & STAGES else x.to(dtype).to(tl.float32), cols, H, BLOCK, NORM, EPS)
         w = w if FIRST else read_param(weight, cols, H, BLOCK, NORM & 4)
-        y = weigh(y, w, read_param(bias, cols, H, BLOCK, NORM & 8), dtype, NORM, OFFSET)
-        write_row(normed + at, cols, y.to(dtype), H, BLOCK)
+        _write_normed(normed + at, x, w, bias, cols, dtype, H, BLOCK, STAGES, NORM, EPS, OFFSET)

@@ -107,10 +107,7 @@ def site_wide(
     STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
     BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One token, its row in chunks: a pass for the branch's norm, the probes, the clamps, the write and the norm.
-
-    There are no features of autoencoders here.
-    """
+    """One token, its row in chunks: a pass for the branch's norm, the probes, the clamps, the write and the norm."""
     dtype: tl.constexpr = h.dtype.element_ty
     KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
     t = tl.program_id(0)

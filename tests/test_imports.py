@@ -29,7 +29,7 @@ FORBIDDEN = {
     "capture": ("passes", "kernels", "backend", "dynamic", "sae", "vllm", *APPLICATIONS),
     "dynamic": ("passes", "kernels", "backend", "sae", "vllm", *APPLICATIONS),
     "sae": ("passes", "kernels", "backend", "dynamic", "vllm", *APPLICATIONS),
-    "vllm": ("sae", *APPLICATIONS),
+    "vllm": APPLICATIONS,
     "sweep": ("passes", "kernels", "dynamic", "sae", "vllm", "cli", "coverage", "demo"),
 }
 """Part of the package -> the parts that it does not import."""
@@ -48,6 +48,11 @@ BEHIND_A_DOOR = (
     "kernels/site_kernels.py",
     "kernels/site_wide.py",
     "kernels/gate_kernels.py",
+    "kernels/sae_full_decode.py",
+    "kernels/sae_full_kernels.py",
+    "kernels/sae_full_launch.py",
+    "kernels/sae_full_select.py",
+    "kernels/sae_stage.py",
     "steer_compile/capture/arrow.py",
     "steer_compile/dynamic/prometheus.py",
     "steer_compile/vllm/metrics.py",

@@ -43,6 +43,10 @@ class Contents:
         parts, features = (*self.parts, *own.parts), self.features + own.features
         return Contents(parts, tuple(monitors.items()), tuple(clamps.items()), features)
 
+    def under(self, own: Contents) -> Contents:
+        """Both together as in a sum, where features that ``own`` has too are its own."""
+        return replace(self, features=self.features.yielding(own.features)) + own
+
     def scaled(self, factor: float) -> Contents:
         """The same with a factor on its vectors."""
         parts = self.parts if factor == 1.0 else tuple((vectors, scale * factor) for vectors, scale in self.parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -159,6 +159,31 @@ class Features:
     def digest(self) -> str:
         """Equal features have equal digests."""
         return repr((sorted(self.clamps), sorted(self.decodings, key=lambda item: item[0]))) if self else ""
+
+    def yielding(self, own: Features) -> Features:
+        """What is left of these beside ``own``, which comes first: clamps of other features, values that it does not
+        decode."""
+        taken = {(site, clamp.slot) for site, each in own.clamps for clamp in each}
+        kept = ((site, tuple(c for c in each if (site, c.slot) not in taken)) for site, each in self.clamps)
+        decoded = dict(own.decodings)
+        return Features(tuple((site, each) for site, each in kept if each),
+                        tuple((site, one) for site, one in self.decodings if site not in decoded))  # fmt: skip
+
+    def to_data(self) -> list[Any]:
+        """Plain data, in pieces that cross processes."""
+        clamps = [[*site, [list(astuple(clamp)) for clamp in each]] for site, each in self.clamps]
+        return [clamps, [[*site, list(astuple(one))] for site, one in self.decodings]]
+
+    @classmethod
+    def of_data(cls, data: Any) -> Features:
+        """Those of `to_data`."""
+        clamps, decodings = data
+
+        def read(each: Any) -> tuple[SlotClamp, ...]:
+            return tuple(SlotClamp(*clamp) for clamp in each)
+
+        found = (((hook, layer), Decoding(*one[:-1], read(one[-1]))) for hook, layer, one in decodings)
+        return cls(tuple(((hook, layer), read(each)) for hook, layer, each in clamps), tuple(found))
 
     def check_room(self, most: int) -> None:
         """Raise `TableFull` for more clamps of a whole autoencoder than a row has room for."""

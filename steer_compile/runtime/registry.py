@@ -126,19 +126,19 @@ class Registry:
 
         Args:
             base, prefill, decode: vectors (any form that `vector_set` takes).
-            clamps: a list of `Clamp` for each site, in both phases, in front of a configuration's own.
-            features: of attached autoencoders; a configuration may not clamp the same ones.
+            clamps: lists of `Clamp` by site, in front of a configuration's own. features: others than its own.
 
         Raises:
-            VectorError, SiteNotFound: bad vectors or clamps, or more clamps at a site than the spec has room for,
-                those of a live configuration included; all stays as it was. SAEError, UnknownName: features that do not
-                fit, alone or with those of a live configuration.
+            VectorError, SiteNotFound, SAEError, UnknownName: what does not fit, alone or together with a live
+                configuration's own; all stays as it was.
         """
         both, shared = (vector_set(base), 1.0), clamps_by_site(clamps)
         tiers = {"prefill": vector_set(prefill), "decode": vector_set(decode)}
         with self._lock:
             found = {phase: self.saes.resolve(sae_steering(features), phase) for phase in PHASES}
-            self.adopt_global({p: Contents((both, (tiers[p], 1.0)), (), shared, found[p]) for p in PHASES})
+            made = {p: Contents((both, (tiers[p], 1.0)), (), shared, found[p]) for p in PHASES}
+            self._rows.check_features(made)
+            self.adopt_global(made)
 
     def adopt_global(self, everyone: Mapping[str, Contents]) -> None:
         """Replace the global tiers and clamps by contents, by phase.
@@ -162,13 +162,10 @@ class Registry:
         gate_rows: bool = False,
     ) -> None:  # fmt: skip
         """Put a monitor at a site: ``sigmoid(sharpness * (h . probe - threshold))`` gates the dynamic tier.
-        Args:
-            site: ``("post_block", 3)`` or ``"layers.3.post_block"``.
-            probe: direction (H,), or a `Monitor` of its own settings; None takes the site's away.
-            gate_rows: it also gates the rows' vectors at decoded tokens.
 
-        Raises:
-            VectorError: a bad probe or setting. SiteNotFound: a site without the op family ``monitor``.
+        Args:
+            probe: direction (H,), or a `Monitor` of its own settings; None takes the site's away. ``site`` and
+                ``gate_rows`` are those of `SiteMonitors.set_monitor`, and so are the errors.
         """
         given = probe if probe is None or isinstance(probe, Monitor) else Monitor(probe, threshold, sharpness)
         self.sites.set_monitor(site, given, gate_rows)
@@ -183,6 +180,7 @@ class Registry:
         """
         with self._lock:
             made = {phase: self.contents(config, phase) for phase in PHASES}
+            self._rows.check_features(self._rows.everyone, made)
             return self.adopt(made, config.tokens, frozenset(name for name, _ in config.named))
 
     def adopt(

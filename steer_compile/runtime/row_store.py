@@ -39,6 +39,15 @@ class RowStore:
         """Rows in use by key."""
         return self._rows.live()
 
+    def check_features(self, everyone: Mapping[str, Contents], own: Mapping[str, Contents] | None = None) -> None:
+        """Raise `SAEError` where everyone and a row clamp one feature; ``own``: by phase, None for the rows in use.
+
+        An engine, which cannot hold requests back that wait already, gives rows theirs instead (`Contents.under`).
+        """
+        rows = [(phase, held) for (phase, _), held in self._contents.items()] if own is None else list(own.items())
+        for phase, held in rows:
+            everyone[phase].features + held.features
+
     def users(self, sae: str) -> int:
         """Rows that use an autoencoder, those of everyone included."""
         held = (*self._everyone.values(), *self._contents.values(), *self._pinned.values())
@@ -80,7 +89,7 @@ class RowStore:
         for contents in {key[1]: made[phase] for phase, key in keys.items() if key not in live}.values():
             self.check(contents)
         for phase, contents in made.items():
-            (self._everyone[phase] + contents).check_room(self._spec)
+            self._everyone[phase].under(contents).check_room(self._spec)
         acquired = self._rows.acquire(list(keys.values()))
         try:
             self._fill({phase: acquired[key][0] for phase, key in keys.items() if acquired[key][1]}, made)
@@ -94,7 +103,7 @@ class RowStore:
         together: dict[str, tuple[Contents, list[int]]] = {}
         for phase, row in rows.items():
             self._contents[phase, made[phase].digest()] = made[phase]
-            whole = self._everyone[phase] + made[phase]
+            whole = self._everyone[phase].under(made[phase])
             together.setdefault(whole.digest(), (whole, []))[1].append(row)
         if self._tables.device is not None:
             for whole, places in together.values():
@@ -120,9 +129,9 @@ class RowStore:
             self.check(contents)
             contents.check_room(self._spec)
         for (phase, _), own in self._contents.items():
-            (everyone[phase] + own).check_room(self._spec)
+            everyone[phase].under(own).check_room(self._spec)
         for own in self._pinned.values():
-            (everyone["decode"] + own).check_room(self._spec)
+            everyone["decode"].under(own).check_room(self._spec)
         before, self._everyone = self._everyone, dict(everyone)
         self.decodings += 1
         try:
@@ -170,7 +179,7 @@ class RowStore:
             VectorError, SiteNotFound: contents that do not fit; the row stays as it was.
         """
         self.check(contents)
-        (self._everyone["decode"] + contents).check_room(self._spec)
+        self._everyone["decode"].under(contents).check_room(self._spec)
         before = self._pinned.get(row)
         try:
             self._write(row, "decode", contents)
@@ -201,4 +210,4 @@ class RowStore:
 
     def _write(self, row: int, phase: str, own: Contents) -> None:
         if self._tables.device is not None:
-            (self._everyone[phase] + own).write(self._tables, [row])
+            self._everyone[phase].under(own).write(self._tables, [row])

@@ -196,7 +196,7 @@ class SAEStore:
         wanted = tuple(features or ())
         if not wanted and not whole:
             raise SAEError(f"nothing of {name!r} would be loaded; give features=[...] to clamp, or whole=True, or both")
-        self._check_features(name, sae, wanted)
+        _check_features(name, sae, wanted)
         here = [one for one in self._attached.values() if one.site == own]
         slots = _free(self._spec.features, [slot for one in here for slot in one.slots], len(wanted))
         places = _free(self._spec.saes, [one.whole for one in here if one.whole is not None], int(whole))
@@ -209,24 +209,6 @@ class SAEStore:
             )
         return Attached(name, sae, own, wanted, slots, places[0] if whole else None)
 
-    def _check_features(self, name: str, sae: SAE, wanted: Sequence[int]) -> None:
-        if sae.activation.batch_dependent:
-            raise SAEError(
-                f"{sae.source or name}: the features of {name!r} depend on the batch, so a token's steering would "
-                "depend on other tokens; give BatchTopK(k, threshold=...)"
-            )
-        if wanted and sae.activation.kind == "topk":
-            raise SAEError(
-                f"{sae.source or name}: the features of {name!r} are the largest of all its features, so none can be "
-                "loaded alone; attach it with whole=True at a site with the op family 'sae_full'"
-            )
-        bad = [n for n in wanted if not 0 <= whole_number(name, "a feature", n) < sae.d_sae]
-        if bad or len(set(wanted)) < len(wanted):
-            what = f"no feature {bad[0]}" if bad else "a feature given twice"
-            raise SAEError(
-                f"{sae.source or name}: {name!r} has {what}; its features are 0 to {sae.d_sae - 1}, each once"
-            )
-
     def _check(self, one: Attached, whole: bool = False) -> None:
         if one.features:
             self._scope.check("sae", one.site, one.sae.d_model, whole)
@@ -238,6 +220,23 @@ class SAEStore:
                 f"{one.name!r} has {one.sae.d_sae} features and the spec has sae_features={self._spec.sae_features} at "
                 f"{one.place}; raise it and compile again"
             )
+
+
+def _check_features(name: str, sae: SAE, wanted: Sequence[int]) -> None:
+    if sae.activation.batch_dependent:
+        raise SAEError(
+            f"{sae.source or name}: the features of {name!r} depend on the batch, so a token's steering would "
+            "depend on other tokens; give BatchTopK(k, threshold=...)"
+        )
+    if wanted and sae.activation.kind == "topk":
+        raise SAEError(
+            f"{sae.source or name}: the features of {name!r} are the largest of all its features, so none can be "
+            "loaded alone; attach it with whole=True at a site with the op family 'sae_full'"
+        )
+    bad = [n for n in wanted if not 0 <= whole_number(name, "a feature", n) < sae.d_sae]
+    if bad or len(set(wanted)) < len(wanted):
+        what = f"no feature {bad[0]}" if bad else "a feature given twice"
+        raise SAEError(f"{sae.source or name}: {name!r} has {what}; its features are 0 to {sae.d_sae - 1}, each once")
 
 
 def _free(count: int, taken: Sequence[int], wanted: int) -> tuple[int, ...] | None:

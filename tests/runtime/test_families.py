@@ -15,37 +15,24 @@ from steer_compile.errors import SiteNotFound, SpecError, SteerError, VectorErro
 from steer_compile.ir import DECODE, GAIN, Bank, Plan, SiteTable
 from steer_compile.kernels.sae_delta import NO_FEATURE
 from steer_compile.runtime.vectors import PHASES
-from steer_compile.sae import SAE, ReLU
-from steer_compile.spec import NEEDS, OP_FAMILIES, RESERVED_ROWS
-
-WIDTH, LAYERS, ROWS, CLAMPS, TOKENS, SEQUENCES, UNITS, PATCHES = 4, 2, 6, 3, 16, 9, 3, 5
-LENGTH = RESERVED_ROWS + ROWS
-SITES = tuple(("post_block", n) for n in range(LAYERS))
-FEATURES, WHOLE = 3, 6
-SITE = SITES[0]
-FREE = [-math.inf, math.inf, 0.0]
-SHAPES = {
-    "patch": [("patch", WIDTH, PATCHES + 1), ("patch_alpha", WIDTH, PATCHES + 1), ("patch_slot", 1, TOKENS)],
-    "add": [("table", WIDTH, LENGTH)],
-    "tier": [("tier", WIDTH, 1)],
-    "monitor": [("probe", WIDTH, 1), ("probe_set", 8, 1)],
-    "row_monitor": [("rowprobe", WIDTH, LENGTH), ("rowprobe_set", 8, LENGTH)],
-    "clamp": [("clamp", WIDTH, LENGTH * CLAMPS), ("clamp_set", 3, LENGTH * CLAMPS)],
-    "sae": [("sae", WIDTH, 2 * FEATURES), ("sae_set", 8, FEATURES), ("sae_clamp", 2 * FEATURES, LENGTH)],
-    "sae_full": [
-        ("full_encoder", WIDTH, WHOLE),
-        ("full_decoder", WIDTH, WHOLE),
-        ("full_set", 8, WHOLE),
-        ("full_bias", WIDTH, 1),
-        ("full_sae", 4, 1),
-        ("full_row", 4, LENGTH),
-        ("full_clamp", 3 * FEATURES, LENGTH),
-    ],
-    "sae_log": [("full_log", 8, TOKENS)],
-    "score": [("score", 2, TOKENS)],
-    "memory": [("state", 2, SEQUENCES + 1)],
-    "mlp": [("mlp", WIDTH, UNITS), ("mlp_set", 2, UNITS)],
-}
+from steer_compile.spec import NEEDS, OP_FAMILIES
+from tests.runtime.bank_shapes import (
+    CLAMPS,
+    FEATURES,
+    FREE,
+    LAYERS,
+    PATCHES,
+    ROWS,
+    SEQUENCES,
+    SHAPES,
+    SITE,
+    SITES,
+    TOKENS,
+    UNITS,
+    WHOLE,
+    WIDTH,
+    tiny,
+)  # fmt: skip
 
 
 def bind(
@@ -70,12 +57,6 @@ def make(ops: tuple[str, ...] = OP_FAMILIES, bound: bool = True) -> Runtime:
         )
     )  # fmt: skip
     return bind(runtime, ops) if bound else runtime
-
-
-def tiny() -> SAE:
-    return SAE(
-        torch.ones(WIDTH, WHOLE), torch.zeros(WHOLE), torch.ones(WHOLE, WIDTH), torch.zeros(WIDTH), ReLU(), site=SITE
-    )
 
 
 def axis(place: int) -> Tensor:
