@@ -21,7 +21,7 @@ META = 4
 """Numbers of the list behind the first tile of each slot: tiles, positions of the tiles, tokens behind them."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "capacity", "room"])
 def compact(
     rows, row_set, sae_set, order, meta, T, capacity, room, S: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip

@@ -14,7 +14,11 @@ from steer_compile.kernels.sae_full_kernels import META, compact, encode
 from steer_compile.kernels.sae_full_select import GROUP, LISTED, select
 
 CHUNK = 4096
-"""Most tokens that are listed at once."""
+"""Tokens that are listed at once, of more than `FEW_TOKENS`."""
+FEW_TOKENS = 256
+"""Up to this many are listed at once."""
+TOKEN_STEPS = (16, 32, 64, 512)
+"""Numbers of tokens up to which a call has the same tiles."""
 FEATURES = 16384
 """Features that are chosen among at once."""
 
@@ -41,7 +45,7 @@ class Plan:
 
 def plan_of(capacity: int, width: int, itemsize: int) -> Plan:
     """Tiles for at most ``capacity`` tokens, rows of ``width`` numbers and weights of ``itemsize`` bytes."""
-    tokens = 16 if capacity <= 16 else 32 if capacity <= 32 else 64 if capacity <= 512 else 128
+    tokens = next((min(step, 64) for step in TOKEN_STEPS if capacity <= step), 128)
     depth = min(64 if itemsize < 4 else 32, max(16, 1 << (width - 1).bit_length()))
     if itemsize == 4:
         return Plan(tokens, depth, Tiles(64, 4, 3), Tiles(64, 4, 3))
@@ -79,10 +83,10 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     groups = most // GROUP.value
     notes = torch.empty((filled, groups + LISTED.value), dtype=torch.int32, device=device)
     listed = (order, meta)
-    chunk = CHUNK if not isinstance(tokens, int) else min(CHUNK, max(32, 1 << (tokens - 1).bit_length()))
+    chunk = FEW_TOKENS if isinstance(tokens, int) and tokens <= FEW_TOKENS else CHUNK
     wrap(compact)[(1,)](
         a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=chunk,
-        num_warps=16 if chunk > 1024 else 4,
+        num_warps=16 if chunk > FEW_TOKENS else 4,
     )  # fmt: skip
     wrap(encode)[(programs,)](
         a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, **matmul,

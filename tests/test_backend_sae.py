@@ -24,17 +24,18 @@ CLAMPS = (FeatureClamp(3, 4.0), FeatureClamp(8, -1.5, "add"), FeatureClamp(20, 2
 
 
 def tiny(activation: Activation | None = None, norm: Normalisation | None = None, seed: int = 3, **options: Any) -> SAE:
-    own = {
-        name: tensor
-        for name, tensor in parts(seed, WIDTH, COUNT).items()
-        if name in ("W_enc", "b_enc", "W_dec", "b_dec")
-    }
-    given = {"activation": activation or ReLU(), "normalisation": norm or NoNorm(), "site": SITE, **options}
-    return SAE(**own, **given)
+    own = parts(seed, WIDTH, COUNT)
+    given: dict[str, Any] = {"activation": activation or ReLU(), "normalisation": norm or NoNorm(), "site": SITE}
+    given |= options
+    return SAE(own["W_enc"], own["b_enc"], own["W_dec"], own["b_dec"], **given)
 
 
 def steering(*ops: str, **options: Any) -> SteerSpec:
-    given = {"steer": (HookSelection("post_block", "all", ops or ("add", "sae")),), "max_tokens": 64, "features": 8}
+    given: dict[str, Any] = {
+        "steer": (HookSelection("post_block", "all", ops or ("add", "sae")),),
+        "max_tokens": 64,
+        "features": 8,
+    }
     return SteerSpec(**{**given, **options})
 
 
@@ -152,7 +153,7 @@ def test_several_autoencoders_share_a_site() -> None:
         close(logits(run, ids), expected)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "no features": (lambda s: s.attach("x", tiny()), SAEError, "nothing of 'x' would be loaded"),
     "a taken name": (lambda s: s.attach("bridge", tiny(), [1]), SAEError, "'bridge' of an autoencoder is taken"),
     "out of range": (lambda s: s.attach("x", tiny(), [40]), SAEError, "no feature 40; its features are 0 to 39"),
@@ -186,7 +187,7 @@ def test_another_width_is_refused() -> None:
     run, backend = built(llama())
     logits(run, tokens())
     own = parts(0, WIDTH + 2, COUNT)
-    wide = SAE(*(own[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")), activation=ReLU(), site=SITE)
+    wide = SAE(own["W_enc"], own["b_enc"], own["W_dec"], own["b_dec"], ReLU(), site=SITE)
     with pytest.raises(VectorError, match=r"layers.0.post_block has 34 numbers but the site is 32 wide"):
         backend.runtime.saes.attach("wide", wide, features=[1])
     assert not backend.runtime.saes.attached

@@ -52,6 +52,7 @@ BEHIND_A_DOOR = (
     "kernels/sae_full_kernels.py",
     "kernels/sae_full_launch.py",
     "kernels/sae_full_select.py",
+    "kernels/sae_full_warmup.py",
     "kernels/sae_stage.py",
     "steer_compile/capture/arrow.py",
     "steer_compile/dynamic/prometheus.py",

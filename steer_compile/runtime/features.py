@@ -44,7 +44,7 @@ class SAESteering:
     """
 
     sae: str
-    clamps: tuple[FeatureClamp, ...] = ()
+    clamps: Sequence[FeatureClamp] = ()
     mode: str = "delta"
     phase: str = "both"
     log: bool = False
@@ -80,7 +80,7 @@ def sae_steering(given: object) -> tuple[SAESteering, ...]:
     wrong = [type(item).__name__ for item in items if not isinstance(item, SAESteering)]
     if wrong:
         raise SAEError(f"features hold a {wrong[0]}; give [SAESteering(name, clamps=[FeatureClamp(...)]), ...]")
-    return items  # type: ignore[return-value]
+    return items
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,10 @@ class Features:
         def read(each: Any) -> tuple[SlotClamp, ...]:
             return tuple(SlotClamp(*clamp) for clamp in each)
 
-        found = (((hook, layer), Decoding(*one[:-1], read(one[-1]))) for hook, layer, one in decodings)
+        found = (
+            ((hook, layer), Decoding(slot, mode, log, sae, read(each)))
+            for hook, layer, (slot, mode, log, sae, each) in decodings
+        )
         return cls(tuple(((hook, layer), read(each)) for hook, layer, each in clamps), tuple(found))
 
     def check_room(self, most: int) -> None:

@@ -109,8 +109,8 @@ class Settings:
                 f"the spec has the consumer {consumers[0].name!r} and captures nothing; name hooks in capture"
             )
         files = _files(given.get("vectors", {}))
-        code = {"consumers": consumers, "controllers": controllers}
-        return cls(spec, files, **folders, capture_bytes=most, **code, saes=_saes(given.get("saes", {}), spec))
+        saes = _saes(given.get("saes", {}), spec)
+        return cls(spec, files, **folders, capture_bytes=most, consumers=consumers, controllers=controllers, saes=saes)
 
 
 def _check_reach(spec: SteerSpec, controllers: bool) -> None:

@@ -34,8 +34,8 @@ ROWS = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0], [1, 2, 0, 0], [1, 0, 1, 0], [1,
 
 def tiny(activation: Activation, norm: Normalisation | None = None, seed: int = 3, **options: Any) -> SAE:
     own = parts(seed, WIDTH, COUNT)
-    given = {name: own[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return SAE(**given, activation=activation, normalisation=norm or NoNorm(), **options)
+    weights = own["W_enc"], own["b_enc"], own["W_dec"], own["b_dec"]
+    return SAE(*weights, activation, norm or NoNorm(), **options)
 
 
 def clamp_line(clamps: list[FeatureClamp]) -> Tensor:
@@ -65,7 +65,8 @@ def packed(
         torch.stack([made.b_dec for made in saes]), torch.tensor(numbers).float(),
         torch.full((1, rows.numel() + 2, 2 * TOP), torch.nan),
     )  # fmt: skip
-    return SaeFullArgs(*(t.to(DEVICE) for t in tensors), capacity=rows.numel())
+    moved = [t.to(DEVICE) for t in tensors]
+    return SaeFullArgs._make([*moved, rows.numel()])
 
 
 def run(a: SaeFullArgs) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ def test_reconstruction_without_clamps_and_ties() -> None:
     generator = torch.Generator().manual_seed(0)
     whole = {"W_enc": (WIDTH, COUNT), "b_enc": (COUNT,), "W_dec": (COUNT, WIDTH), "b_dec": (WIDTH,)}
     tensors = {name: torch.randint(-1, 2, shape, generator=generator).float() for name, shape in whole.items()}
-    made = SAE(**tensors, activation=TopK(6))
+    made = SAE(tensors["W_enc"], tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], TopK(6))
     a = packed([made, made], torch.tensor([1, 4, 3, 1, 5, 2]), clamped=False)
     a.h.round_()
     hold(a, 1e-6)
@@ -189,7 +190,7 @@ def test_any_mix_of_rows(rows: list[int], seed: int) -> None:
 
 def test_the_op_is_the_reference_on_a_cpu_and_compiles() -> None:
     a = packed([tiny(TopK(4)), tiny(ReLU(), seed=9)], torch.arange(6))
-    a = SaeFullArgs(*(t.cpu() if isinstance(t, Tensor) else t for t in a))
+    a = SaeFullArgs(*[t.cpu() if isinstance(t, Tensor) else t for t in a])  # type: ignore[arg-type]
     expected, log = reference(a)
 
     def steered(h: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,15 @@ CLAMPS = [FeatureClamp(3, 9.0), FeatureClamp(8, -4.0, "add"), FeatureClamp(20, 6
 
 def made(activation: Activation, seed: int) -> SAE:
     own = parts(seed, WIDTH, COUNT)
-    tensors = {name: own[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return SAE(**tensors, activation=activation, site=("post_block", LAYER), name=f"sae{seed}")
+    return SAE(
+        own["W_enc"],
+        own["b_enc"],
+        own["W_dec"],
+        own["b_dec"],
+        activation,
+        site=("post_block", LAYER),
+        name=f"sae{seed}",
+    )
 
 
 @pytest.fixture(scope="module")
