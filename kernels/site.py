@@ -159,10 +159,6 @@ def check(a: SiteArgs) -> None:
         raise LoweringError(
             f"the site template has no unrounded norm for rows of {sizes['H']} numbers; it takes {MAX_ROW} at most"
         )
-    if a.sae is not None and sizes["H"] > MAX_ROW:
-        raise LoweringError(
-            f"the site template has no features for rows of {sizes['H']} numbers; it takes {MAX_ROW} at most"
-        )
     for argument in ARGUMENTS:
         tensor: Tensor | None = getattr(a, argument.name)
         if tensor is None:
@@ -232,7 +228,7 @@ def launch(a: SiteArgs, wrap: Any = lambda kernel: kernel) -> tuple[Tensor, Tens
         return out, normed
     few = isinstance(tokens, int) and tokens <= FEW_TOKENS
     monitors = a.probe is not None or a.rowprobe is not None
-    options = launch_options(width, monitors, a.clamp is not None, few)
+    options = launch_options(width, monitors, a.clamp is not None, few, a.sae is not None)
     kernel = wrap(site_row if options.block >= width else site_wide)
     kernel[(tokens,)](
         stream, *given, out, normed if a.norm else out, H=width, BLOCK=options.block, **constants(a, few),

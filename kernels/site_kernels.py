@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from steer_compile.kernels.gate_kernels import gates_in_front, guarded, opened, read_number, settings_of
-from steer_compile.kernels.sae_stage import read_codes, steered_by_features
+from steer_compile.kernels.sae_stage import count_of, read_codes, steered_by_features
 
 NORMS = {"": 0, "rms": 1, "rms_wide": 2, "layer": 3}
 WEIGHT, BIAS = 4, 8
@@ -24,8 +24,6 @@ BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATE
 whether there are gates of sites in front, whether captures are of chosen tokens, clamped features of autoencoders."""
 TILE = tl.constexpr(32768)
 """Most numbers of clamp directions that are read at once."""
-FEATURE_TILE = tl.constexpr(16384)
-"""Most numbers of features that are read at once."""
 ONCE, SHARED = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 """Cache policy of what one token reads, and of what other tokens or later steps read as well."""
 
@@ -241,40 +239,65 @@ def _summed(x, b, weight, bias, cols, dtype: tl.constexpr, H: tl.constexpr, BLOC
 
 
 @triton.jit
-def _write_normed(target, x, w, bias, cols, dtype: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-                  STAGES: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
-    """The norm of a steered row, of what is written or of what it was before its rounding."""
-    y = _normalised(x if EXACT & STAGES else x.to(dtype).to(tl.float32), cols, H, BLOCK, NORM, EPS)
-    y = weigh(y, w, read_param(bias, cols, H, BLOCK, NORM & 8), dtype, NORM, OFFSET)
-    write_row(target, cols, y.to(dtype), H, BLOCK)
-
-
-@triton.jit
-def _moved_by_tables(x, vector, strength, v, tier_gain, STAGES: tl.constexpr):
-    """x with the row's vector and the tier."""
-    if ADD & STAGES:
-        x += vector * strength
-    if TIER & STAGES:
-        x += v * tier_gain
-    return x
-
-
-@triton.jit
-def site_row(
-    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
-    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
-    normed, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
-    BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+def _finish(
+    x, loads, late, t, r, place, cols, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One token, its row in registers. With FEW, all loads come first; else what is off is not loaded."""
+    """A row from its pristine value on: capture, scores, vectors, clamps, features, and the norm."""
+    d, tier_gain, strength, vector, monitors, factors, low, high, pull, directions, codes, p, q, v, w = loads
+    (capture, table, tier, probe, rowprobe, clamp, clamp_set, sae, sae_set, sae_clamp, score, weight, bias, out,
+     normed) = late  # fmt: skip
+    dtype: tl.constexpr = out.dtype.element_ty
+    GATED: tl.constexpr = ((MONITOR | ROW_MONITOR) & STAGES) != 0
+    KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
+    FIRST: tl.constexpr = (FEW & STAGES) != 0
+    line = tl.full((), H, tl.int64) * r
+    write_capture(capture, place, cols, x.to(dtype), H, BLOCK, STAGES)
+    if not FIRST:
+        p, q = _probes(probe, rowprobe + line, cols, d, H, BLOCK, STAGES)
+    dots = _projections(x, p, q, STAGES)
+    store_scores(score, t, dots, STAGES)
+    tier_gate, row_gate, clamp_gate = behind_monitors(dots, monitors, factors, d, STAGES)
+    if ADD & STAGES:
+        x += (vector if FIRST or not GATED else read_shared(table + line, cols, H, BLOCK)) * (strength * row_gate)
+    if TIER & STAGES:
+        x += (v if FIRST else read_shared(tier, cols, H, BLOCK)) * (tier_gain * tier_gate)
+    if CLAMP & STAGES:
+        pull *= clamp_gate
+        if FIRST and KP * BLOCK <= TILE:
+            move = pull_of(tl.sum(directions * x[None, :], 1), low, high, pull)
+            x += tl.sum(directions * move[:, None], 0)
+        elif tl.sum(tl.abs(pull), 0) != 0:
+            x = _clamped(x, clamp, clamp_set, r * K, low, high, pull, clamp_gate, cols, H, BLOCK, K, KP)
+    if SAE & STAGES:
+        if (count_of(codes) > 0) & (clamp_gate != 0):
+            x = steered_by_features(x, codes, sae, sae_set, sae_clamp, r, clamp_gate, cols, H, BLOCK, C, CP, FIRST)
+    write_row(out, cols, x.to(dtype), H, BLOCK)
+    if NORM != 0:
+        y = _normalised(x if EXACT & STAGES else x.to(dtype).to(tl.float32), cols, H, BLOCK, NORM, EPS)
+        w = w if FIRST else read_param(weight, cols, H, BLOCK, NORM & 4)
+        y = weigh(y, w, read_param(bias, cols, H, BLOCK, NORM & 8), dtype, NORM, OFFSET)
+        write_row(normed, cols, y.to(dtype), H, BLOCK)
+
+
+@triton.jit
+def row_of(
+    t, tensors, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    MOST: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr,
+    BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Token t, its row in registers. With FEW, all loads come first; else what is off is not loaded.
+
+    A token with more than MOST clamped features is left to another program.
+    """
+    (h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode,
+     probe, probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias,
+     out, normed) = tensors  # fmt: skip
     dtype: tl.constexpr = h.dtype.element_ty
     GATED: tl.constexpr = ((MONITOR | ROW_MONITOR) & STAGES) != 0
     KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
     FIRST: tl.constexpr = (FEW & STAGES) != 0
-    TILED: tl.constexpr = FIRST and KP * BLOCK <= TILE
-    FT: tl.constexpr = 1 if BLOCK > FEATURE_TILE else FEATURE_TILE // BLOCK if FEATURE_TILE // BLOCK < CP else CP
-    t = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     at = tl.full((), H, tl.int64) * t  # may be beyond 2**31
     r = read_number(rows + t) if (ADD | ROW_MONITOR | CLAMP | SAE) & STAGES else 0
@@ -288,35 +311,41 @@ def site_row(
     vector = read_param(table + line, cols, H, BLOCK, (ADD & STAGES) and (FIRST or not GATED))
     monitors = read_monitors(probe_set, rowprobe_set, r, STAGES)
     factors = gates_in_front(gates, t, (GATES & STAGES) != 0)
-    low, high, pull = read_bounds(clamp_set, r * K, K, KP) if CLAMP & STAGES else (0.0, 0.0, 0.0)
-    directions = read_directions(clamp, r * K, cols, H, K, KP, False) if TILED and CLAMP & STAGES else 0.0
+    low, high, pull, directions = 0.0, 0.0, 0.0, 0.0
+    if CLAMP & STAGES:
+        low, high, pull = read_bounds(clamp_set, r * K, K, KP)
+        if FIRST and KP * BLOCK <= TILE:
+            directions = read_directions(clamp, r * K, cols, H, K, KP, False)
     codes = read_codes(sae_clamp, r, C, CP) if SAE & STAGES else 0.0
-    if FIRST:
-        p = read_param(probe, cols, H, BLOCK, MONITOR & STAGES)
-        q = read_param(rowprobe + line, cols, H, BLOCK, ROW_MONITOR & STAGES)
-        v = read_param(tier, cols, H, BLOCK, TIER & STAGES)
-        w = read_param(weight, cols, H, BLOCK, NORM & 4)
+    p = read_param(probe, cols, H, BLOCK, FIRST and (MONITOR & STAGES))
+    q = read_param(rowprobe + line, cols, H, BLOCK, FIRST and (ROW_MONITOR & STAGES))
+    v = read_param(tier, cols, H, BLOCK, FIRST and (TIER & STAGES))
+    w = read_param(weight, cols, H, BLOCK, FIRST and (NORM & 4))
     x = _summed(x, b, branch_weight, branch_bias, cols, dtype, H, BLOCK, STAGES, BRANCH_NORM, BRANCH_EPS,
                 BRANCH_OFFSET, BRANCH_SCALE)  # fmt: skip
-    write_capture(capture, place, cols, x.to(dtype), H, BLOCK, STAGES)
-    p, q = (p, q) if FIRST else _probes(probe, rowprobe + line, cols, d, H, BLOCK, STAGES)
-    dots = _projections(x, p, q, STAGES)
-    store_scores(score, t, dots, STAGES)
-    tier_gate, row_gate, clamp_gate = behind_monitors(dots, monitors, factors, d, STAGES)
-    vector = vector if FIRST or not GATED else read_param(table + line, cols, H, BLOCK, ADD & STAGES)
-    v = v if FIRST else read_param(tier, cols, H, BLOCK, TIER & STAGES)
-    x = _moved_by_tables(x, vector, strength * row_gate, v, tier_gain * tier_gate, STAGES)
-    if CLAMP & STAGES:
-        pull *= clamp_gate
-        if TILED:
-            move = pull_of(tl.sum(directions * x[None, :], 1), low, high, pull)
-            x += tl.sum(directions * move[:, None], 0)
-        elif tl.sum(tl.abs(pull), 0) != 0:
-            x = _clamped(x, clamp, clamp_set, r * K, low, high, pull, clamp_gate, cols, H, BLOCK, K, KP)
-    if SAE & STAGES:
-        if (tl.sum(codes, 0) > 0) & (clamp_gate != 0):
-            x = steered_by_features(x, codes, sae, sae_set, sae_clamp, r, clamp_gate, cols, H, BLOCK, C, CP, FT)
-    write_row(out + at, cols, x.to(dtype), H, BLOCK)
-    if NORM != 0:
-        w = w if FIRST else read_param(weight, cols, H, BLOCK, NORM & 4)
-        _write_normed(normed + at, x, w, bias, cols, dtype, H, BLOCK, STAGES, NORM, EPS, OFFSET)
+    loads = d, tier_gain, strength, vector, monitors, factors, low, high, pull, directions, codes, p, q, v, w
+    late = (capture, table, tier, probe, rowprobe, clamp, clamp_set, sae, sae_set, sae_clamp, score, weight, bias,
+            out + at, normed + at)  # fmt: skip
+    if (SAE & STAGES) and MOST < C:
+        if count_of(codes) <= MOST:
+            _finish(x, loads, late, t, r, place, cols, H, BLOCK, K, C, CP, STAGES, NORM, EPS, OFFSET)
+    else:
+        _finish(x, loads, late, t, r, place, cols, H, BLOCK, K, C, CP, STAGES, NORM, EPS, OFFSET)
+
+
+@triton.jit
+def site_row(
+    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
+    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
+    normed, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """One program for each token."""
+    tensors = (
+        h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode,
+        probe, probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias,
+        out, normed,
+    )  # fmt: skip
+    row_of(tl.program_id(0), tensors, H, BLOCK, K, C, CP, C, STAGES, BRANCH_NORM, BRANCH_EPS, BRANCH_OFFSET,
+           BRANCH_SCALE, NORM, EPS, OFFSET)  # fmt: skip

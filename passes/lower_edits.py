@@ -131,8 +131,6 @@ class _Choice:
             not in DEVICES,
             f"its dtype is {dtype_text(site.dtype)}": site.dtype not in DTYPES or not tables <= set(DTYPES),
             f"its rows of {site.width} numbers are wider than {MAX_WIDTH}": site.width > MAX_WIDTH,
-            f"its rows of {site.width} numbers are wider than {MAX_ROW}, and it has features": site.width > MAX_ROW
-            and any("sae" in e.ops for e in group),
             f"it has {self.plan.clamps} clamps for each row, more than {MAX_CLAMPS}": self.plan.clamps > MAX_CLAMPS
             and any("clamp" in e.ops for e in group),
             "its tokens are time first": site.layout == "time_first",

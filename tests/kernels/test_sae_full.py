@@ -202,9 +202,8 @@ def test_the_op_is_the_reference_on_a_cpu_and_compiles() -> None:
         got, logged = form(a.h, a.rows)
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(logged[0, : a.h.size(0)], log, equal_nan=True)
-    torch.library.opcheck(
-        sae_full, tuple(a), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    )
+    op: Any = torch.ops.steer_compile.sae_full.default
+    torch.library.opcheck(op, tuple(a), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_what_does_not_fit_is_refused() -> None:
