@@ -98,8 +98,7 @@ def activate(runtime: Any, kind: Kind, layers: int, width: int) -> None:
         units = Hidden(torch.randn(16, width, generator=generator) * 0.05, torch.zeros(16), torch.ones(16) * 0.1)
         step = Monitor(drawn(0.05)[detector], -1e6, kind="step", low=-2e6, hidden=units)  # the same in all dtypes
         runtime.sites.set_monitor(detector, step, gate_rows=True)
-    if kind.features:
-        config["features"] = _features(runtime, kind.features, width)
+    config["features"] = _features(runtime, kind.features, width) if kind.features else ()
     runtime.assign(runtime.register(Steering(**config)))
 
 

@@ -1,4 +1,4 @@
-"""On a CUDA device: features in replays of CUDA graphs, attached, clamped and detached without a compile or a record."""
+"""On a CUDA device: features in replays of CUDA graphs, attached, clamped and detached without a compile."""
 
 from __future__ import annotations
 
