@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer_compile import Clamp, HookSelection, Monitor, Steering, SteerSpec
+from steer_compile import Clamp, HookSelection, Monitor, SAESteering, Steering, SteerSpec
 from steer_compile.runtime.gates import Hidden
 from steer_compile.runtime.rows import PhaseTracker
+from steer_compile.sae import SAE, FeatureClamp, ReLU
 
 HOOKS = ("post_attn", "post_block")
 DETECTOR = 2
+FEATURED = 3
+"""Layer of the site whose features are clamped."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,14 @@ class Kind:
     goal: str = "none, for comparison"
     idle: bool = False
     opaque: bool = False
+    features: int = 0
+    """Features that are clamped at one site, which then has the family ``sae``."""
     detect: tuple[str, ...] = ()
     """What opens gates behind the third block, for all sites behind it."""
 
     def spec(self, max_tokens: int) -> SteerSpec:
         steer: list[Any] = [HookSelection(hook, "all", self.ops) for hook in HOOKS if self.ops]
+        steer += [HookSelection("post_block", [FEATURED], ("add", "sae"))] if self.features else []
         steer += [HookSelection("post_block", [DETECTOR], self.detect)] if self.detect else []
         capture = HOOKS if self.capture else ()
         return SteerSpec(
@@ -53,6 +59,8 @@ KINDS = {
     "idle": Kind(("add",), False, "template", "<= 0.3 %", idle=True),
     **{name: Kind(ops, capture, "template", goal) for name, (ops, capture, goal) in _FAMILIES.items()},
     **{f"{name}_compiler": Kind(ops, capture, "compiler") for name, (ops, capture, _) in _FAMILIES.items()},
+    "sae_idle": Kind(("add",), False, "template", "<= 0.3 %", idle=True, features=64),
+    "sae": Kind(("add",), False, "template", "<= 1 %", features=64),
     "add_opaque": Kind(("add",), False, "compiler", opaque=True),
     "cross_layer": Kind(("add",), False, "auto", "<= 1 %", detect=("row_monitor", "score")),
     "memory": Kind(("add",), False, "auto", "<= 1 %", detect=("monitor", "score", "memory", "mlp")),
@@ -90,4 +98,14 @@ def activate(runtime: Any, kind: Kind, layers: int, width: int) -> None:
         units = Hidden(torch.randn(16, width, generator=generator) * 0.05, torch.zeros(16), torch.ones(16) * 0.1)
         step = Monitor(drawn(0.05)[detector], -1e6, kind="step", low=-2e6, hidden=units)  # the same in all dtypes
         runtime.sites.set_monitor(detector, step, gate_rows=True)
+    config["features"] = _features(runtime, kind.features, width) if kind.features else ()
     runtime.assign(runtime.register(Steering(**config)))
+
+
+def _features(runtime: Any, count: int, width: int) -> SAESteering:
+    """Attach a random autoencoder, and clamp all of its features."""
+    generator = torch.Generator().manual_seed(3)
+    encoder, decoder = (torch.randn(width, count, generator=generator) / width**0.5 for _ in range(2))
+    made = SAE(encoder, torch.zeros(count), decoder.T, torch.zeros(width), ReLU(), site=("post_block", FEATURED))
+    runtime.saes.attach("random", made, features=range(count))
+    return SAESteering("random", [FeatureClamp(i, 0.05) for i in range(count)])

@@ -60,13 +60,14 @@ def sae_delta(x: Tensor, args: SaeArgs, strength: Tensor | None = None) -> Tenso
     encoder, decoder = args.features.to(x.dtype).split(slots)
     codes, values = args.clamps[args.rows].to(x.dtype).split(slots, -1)
     settings = args.settings.to(x.dtype)
-    std = x.std(-1, keepdim=True)
+    mean, std = moments(x)
     normed = settings[:, 6] >= 0
-    a = activations_in(x @ encoder.T, x.mean(-1, keepdim=True), std, settings)
+    a = activations_in(x @ encoder.T, mean, std, settings)
     f = features_of(a, settings)
     there = (codes > 0) & ((codes < SET_ACTIVE) | (f > 0))
     changed = torch.where((codes == ADD) | (codes == ADD_ACTIVE), f + values, values)
-    moved = torch.where(there, (changed - f) * torch.where(normed, std, settings[:, 7]), 0.0)
+    steps = (changed - f) * torch.where(normed, std, settings[:, 7])
+    moved = torch.where(there, steps, torch.zeros_like(steps))  # no number: it has no form where the graph is traced
     acts = (codes > 0).any(-1, keepdim=True)
     if strength is not None:
         moved, acts = moved * strength.unsqueeze(-1), acts & (strength.unsqueeze(-1) != 0)
@@ -78,6 +79,12 @@ def sae_delta_fp64(x: Tensor, args: SaeArgs, strength: Tensor | None = None) -> 
     return sae_delta(x.double(), args, None if strength is None else strength.double())
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased deviation (..., 1) of rows."""
+    mean = x.mean(-1, keepdim=True)
+    return mean, ((x - mean).square().sum(-1, keepdim=True) / (x.size(-1) - 1)).sqrt()
+
+
 def activations_in(product: Tensor, mean: Tensor, std: Tensor, settings: Tensor) -> Tensor:
     """Products (..., C) as the encoder has them, behind its norm of rows."""
     normed = settings[:, 6] >= 0
@@ -87,4 +94,5 @@ def activations_in(product: Tensor, mean: Tensor, std: Tensor, settings: Tensor)
 def features_of(a: Tensor, settings: Tensor) -> Tensor:
     """Features (..., C) of products ``a`` by their own limits."""
     magnitude = (settings[:, 2] * a + settings[:, 3]).relu()
-    return torch.where(a.isnan(), a, torch.where(a + settings[:, 0] > settings[:, 1], magnitude, 0.0))
+    opened = torch.where(a + settings[:, 0] > settings[:, 1], magnitude, torch.zeros_like(magnitude))
+    return torch.where(a.isnan(), a, opened)

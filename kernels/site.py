@@ -39,7 +39,7 @@ from steer_compile.kernels.store_rows import store_packed
 
 
 class Argument(NamedTuple):
-    """One tensor of the op. ``shape`` in T tokens, H width, R rows, K clamps, G groups.
+    """One tensor of the op. ``shape`` in T tokens, H width, R rows, K clamps, G groups, F features (FF twice as many).
 
     ``dtype``: stream, table or a name.
     """
@@ -71,6 +71,9 @@ ARGUMENTS = (
     Argument("rowprobe_set", "R 8", "float32"),
     Argument("clamp", "RK H", "table"),
     Argument("clamp_set", "RK 3", "float32"),
+    Argument("sae", "FF H", "table"),
+    Argument("sae_set", "F 8", "float32"),
+    Argument("sae_clamp", "R FF", "float32"),
     Argument("gates", "T 4", "float32"),
     Argument("score", "1 T 2", "float32", written=True),
     Argument("weight", "H", "any"),
@@ -87,7 +90,7 @@ of the branch's own norm; multiplier of the branch; whether the sum and the norm
 
 _STAGES = {
     "branch": 1, "capture": 2, "table": 4, "tier": 8, "probe": 16, "rowprobe": 32, "clamp": 64, "score": 512,
-    "gates": 1024, "choice": 2048,
+    "gates": 1024, "choice": 2048, "sae": 4096,
 }  # fmt: skip
 
 
@@ -121,6 +124,9 @@ class SiteArgs(NamedTuple):
     rowprobe_set: Tensor | None = None
     clamp: Tensor | None = None
     clamp_set: Tensor | None = None
+    sae: Tensor | None = None
+    sae_set: Tensor | None = None
+    sae_clamp: Tensor | None = None
     gates: Tensor | None = None
     score: Tensor | None = None
     weight: Tensor | None = None
@@ -222,7 +228,7 @@ def launch(a: SiteArgs, wrap: Any = lambda kernel: kernel) -> tuple[Tensor, Tens
         return out, normed
     few = isinstance(tokens, int) and tokens <= FEW_TOKENS
     monitors = a.probe is not None or a.rowprobe is not None
-    options = launch_options(width, monitors, a.clamp is not None, few)
+    options = launch_options(width, monitors, a.clamp is not None, few, a.sae is not None)
     kernel = wrap(site_row if options.block >= width else site_wide)
     kernel[(tokens,)](
         stream, *given, out, normed if a.norm else out, H=width, BLOCK=options.block, **constants(a, few),
@@ -233,9 +239,11 @@ def launch(a: SiteArgs, wrap: Any = lambda kernel: kernel) -> tuple[Tensor, Tens
 
 def constants(a: SiteArgs, few: bool) -> dict[str, Any]:
     """Compile-time constants of the kernels beside width and block; ``few``: the form for few tokens."""
+    features = 0 if a.sae_set is None else a.sae_set.size(0)
     flags = (FEW.value if few else 0) | (EXACT.value if a.exact else 0)
     return {
-        "K": a.clamps, "STAGES": stages(a) | flags, "NORM": _norm_code(a.norm, a.weight, a.bias),
+        "K": a.clamps, "C": features, "CP": 1 << max(features - 1, 0).bit_length(), "STAGES": stages(a) | flags,
+        "NORM": _norm_code(a.norm, a.weight, a.bias),
         "EPS": a.eps, "OFFSET": a.offset, "BRANCH_NORM": _norm_code(a.branch_norm, a.branch_weight, a.branch_bias),
         "BRANCH_EPS": a.branch_eps, "BRANCH_OFFSET": a.branch_offset, "BRANCH_SCALE": a.branch_scale,
     }  # fmt: skip

@@ -28,6 +28,8 @@ def cost_table() -> dict[str, Any]:
 def family_of(ops: tuple[str, ...]) -> str:
     """The row of the table that stands for a set of op families."""
     reductions = [op for op in ("monitor", "row_monitor", "clamp") if op in ops]
+    if "sae" in ops:
+        return "all"  # by plain operators every call multiplies by all features, clamped or not
     if len(reductions) > 1:
         return "all"
     return reductions[0] if reductions else "capture" if "capture" in ops else "add"

@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 
 from steer_compile.kernels.gate_kernels import gates_in_front, guarded, opened, read_number, settings_of
+from steer_compile.kernels.sae_stage import count_of, read_codes, steered_by_features
 
 NORMS = {"": 0, "rms": 1, "rms_wide": 2, "layer": 3}
 WEIGHT, BIAS = 4, 8
 """Added to the kind of a norm that has a weight, or a bias."""
-BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATES, PACKED = (
-    tl.constexpr(1 << i) for i in range(12)
+BRANCH, CAPTURE, ADD, TIER, MONITOR, ROW_MONITOR, CLAMP, FEW, EXACT, SCORE, GATES, PACKED, SAE = (
+    tl.constexpr(1 << i) for i in range(13)
 )
 """Stages of a site; few tokens; whether the sum and the norm's input are left unrounded; whether scores are stored,
-whether there are gates of sites in front, and whether captures are of chosen tokens."""
+whether there are gates of sites in front, whether captures are of chosen tokens, clamped features of autoencoders."""
 TILE = tl.constexpr(32768)
 """Most numbers of clamp directions that are read at once."""
 ONCE, SHARED = tl.constexpr("evict_first"), tl.constexpr("evict_last")
@@ -238,43 +239,19 @@ def _summed(x, b, weight, bias, cols, dtype: tl.constexpr, H: tl.constexpr, BLOC
 
 
 @triton.jit
-def site_row(
-    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
-    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, gates, score, weight, bias, out, normed,
-    H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr,
-    BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr,
-    EPS: tl.constexpr, OFFSET: tl.constexpr,
+def _finish(
+    x, loads, late, t, r, place, cols, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One token, its row in registers. With FEW, all loads come first; else what is off is not loaded."""
-    dtype: tl.constexpr = h.dtype.element_ty
+    """A row from its pristine value on: capture, scores, vectors, clamps, features, and the norm."""
+    d, tier_gain, strength, vector, monitors, factors, low, high, pull, directions, codes, p, q, v, w = loads
+    (capture, table, tier, probe, rowprobe, clamp, clamp_set, sae, sae_set, sae_clamp, score, weight, bias, out,
+     normed) = late  # fmt: skip
+    dtype: tl.constexpr = out.dtype.element_ty
     GATED: tl.constexpr = ((MONITOR | ROW_MONITOR) & STAGES) != 0
     KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
     FIRST: tl.constexpr = (FEW & STAGES) != 0
-    TILED: tl.constexpr = FIRST and KP * BLOCK <= TILE
-    t = tl.program_id(0)
-    cols = tl.arange(0, BLOCK)
-    at = tl.full((), H, tl.int64) * t  # may be beyond 2**31
-    r = read_number(rows + t) if (ADD | ROW_MONITOR | CLAMP) & STAGES else 0
     line = tl.full((), H, tl.int64) * r
-    x = _once(h + at, cols, H, BLOCK)
-    b = _once(branch + at, cols, H, BLOCK) if BRANCH & STAGES else 0.0
-    place = capture_place(capture_rows, choice, t, at, H, STAGES)
-    d = read_number(decode + t) if GATED else 0.0
-    tier_gain = read_number(gain + t) if TIER & STAGES else 0.0
-    strength = read_number(scale + r) if ADD & STAGES else 0.0
-    vector = read_param(table + line, cols, H, BLOCK, (ADD & STAGES) and (FIRST or not GATED))
-    monitors = read_monitors(probe_set, rowprobe_set, r, STAGES)
-    factors = gates_in_front(gates, t, (GATES & STAGES) != 0)
-    if CLAMP & STAGES:
-        low, high, pull = read_bounds(clamp_set, r * K, K, KP)
-        directions = read_directions(clamp, r * K, cols, H, K, KP, False) if TILED else 0.0
-    if FIRST:
-        p = read_param(probe, cols, H, BLOCK, MONITOR & STAGES)
-        q = read_param(rowprobe + line, cols, H, BLOCK, ROW_MONITOR & STAGES)
-        v = read_param(tier, cols, H, BLOCK, TIER & STAGES)
-        w = read_param(weight, cols, H, BLOCK, NORM & 4)
-    x = _summed(x, b, branch_weight, branch_bias, cols, dtype, H, BLOCK, STAGES, BRANCH_NORM, BRANCH_EPS,
-                BRANCH_OFFSET, BRANCH_SCALE)  # fmt: skip
     write_capture(capture, place, cols, x.to(dtype), H, BLOCK, STAGES)
     if not FIRST:
         p, q = _probes(probe, rowprobe + line, cols, d, H, BLOCK, STAGES)
@@ -287,14 +264,88 @@ def site_row(
         x += (v if FIRST else read_shared(tier, cols, H, BLOCK)) * (tier_gain * tier_gate)
     if CLAMP & STAGES:
         pull *= clamp_gate
-        if TILED:
+        if FIRST and KP * BLOCK <= TILE:
             move = pull_of(tl.sum(directions * x[None, :], 1), low, high, pull)
             x += tl.sum(directions * move[:, None], 0)
         elif tl.sum(tl.abs(pull), 0) != 0:
             x = _clamped(x, clamp, clamp_set, r * K, low, high, pull, clamp_gate, cols, H, BLOCK, K, KP)
-    write_row(out + at, cols, x.to(dtype), H, BLOCK)
+    if SAE & STAGES:
+        if (count_of(codes) > 0) & (clamp_gate != 0):
+            x = steered_by_features(x, codes, sae, sae_set, sae_clamp, r, clamp_gate, cols, H, BLOCK, C, CP, FIRST)
+    write_row(out, cols, x.to(dtype), H, BLOCK)
     if NORM != 0:
         y = _normalised(x if EXACT & STAGES else x.to(dtype).to(tl.float32), cols, H, BLOCK, NORM, EPS)
         w = w if FIRST else read_param(weight, cols, H, BLOCK, NORM & 4)
         y = weigh(y, w, read_param(bias, cols, H, BLOCK, NORM & 8), dtype, NORM, OFFSET)
-        write_row(normed + at, cols, y.to(dtype), H, BLOCK)
+        write_row(normed, cols, y.to(dtype), H, BLOCK)
+
+
+@triton.jit
+def row_of(
+    t, tensors, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    MOST: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr,
+    BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Token t, its row in registers. With FEW, all loads come first; else what is off is not loaded.
+
+    A token with more than MOST clamped features is left to another program.
+    """
+    (h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode,
+     probe, probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias,
+     out, normed) = tensors  # fmt: skip
+    dtype: tl.constexpr = h.dtype.element_ty
+    GATED: tl.constexpr = ((MONITOR | ROW_MONITOR) & STAGES) != 0
+    KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
+    FIRST: tl.constexpr = (FEW & STAGES) != 0
+    cols = tl.arange(0, BLOCK)
+    at = tl.full((), H, tl.int64) * t  # may be beyond 2**31
+    r = read_number(rows + t) if (ADD | ROW_MONITOR | CLAMP | SAE) & STAGES else 0
+    line = tl.full((), H, tl.int64) * r
+    x = _once(h + at, cols, H, BLOCK)
+    b = _once(branch + at, cols, H, BLOCK) if BRANCH & STAGES else 0.0
+    place = capture_place(capture_rows, choice, t, at, H, STAGES)
+    d = read_number(decode + t) if GATED else 0.0
+    tier_gain = read_number(gain + t) if TIER & STAGES else 0.0
+    strength = read_number(scale + r) if ADD & STAGES else 0.0
+    vector = read_param(table + line, cols, H, BLOCK, (ADD & STAGES) and (FIRST or not GATED))
+    monitors = read_monitors(probe_set, rowprobe_set, r, STAGES)
+    factors = gates_in_front(gates, t, (GATES & STAGES) != 0)
+    low, high, pull, directions = 0.0, 0.0, 0.0, 0.0
+    if CLAMP & STAGES:
+        low, high, pull = read_bounds(clamp_set, r * K, K, KP)
+        if FIRST and KP * BLOCK <= TILE:
+            directions = read_directions(clamp, r * K, cols, H, K, KP, False)
+    codes = read_codes(sae_clamp, r, C, CP) if SAE & STAGES else 0.0
+    p = read_param(probe, cols, H, BLOCK, FIRST and (MONITOR & STAGES))
+    q = read_param(rowprobe + line, cols, H, BLOCK, FIRST and (ROW_MONITOR & STAGES))
+    v = read_param(tier, cols, H, BLOCK, FIRST and (TIER & STAGES))
+    w = read_param(weight, cols, H, BLOCK, FIRST and (NORM & 4))
+    x = _summed(x, b, branch_weight, branch_bias, cols, dtype, H, BLOCK, STAGES, BRANCH_NORM, BRANCH_EPS,
+                BRANCH_OFFSET, BRANCH_SCALE)  # fmt: skip
+    loads = d, tier_gain, strength, vector, monitors, factors, low, high, pull, directions, codes, p, q, v, w
+    late = (capture, table, tier, probe, rowprobe, clamp, clamp_set, sae, sae_set, sae_clamp, score, weight, bias,
+            out + at, normed + at)  # fmt: skip
+    if (SAE & STAGES) and MOST < C:
+        if count_of(codes) <= MOST:
+            _finish(x, loads, late, t, r, place, cols, H, BLOCK, K, C, CP, STAGES, NORM, EPS, OFFSET)
+    else:
+        _finish(x, loads, late, t, r, place, cols, H, BLOCK, K, C, CP, STAGES, NORM, EPS, OFFSET)
+
+
+@triton.jit
+def site_row(
+    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
+    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
+    normed, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """One program for each token."""
+    tensors = (
+        h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode,
+        probe, probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias,
+        out, normed,
+    )  # fmt: skip
+    row_of(tl.program_id(0), tensors, H, BLOCK, K, C, CP, C, STAGES, BRANCH_NORM, BRANCH_EPS, BRANCH_OFFSET,
+           BRANCH_SCALE, NORM, EPS, OFFSET)  # fmt: skip

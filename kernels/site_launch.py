@@ -31,18 +31,21 @@ FEW_TOKENS = 256
 """Up to this many tokens a call waits for its loads rather than for bandwidth."""
 
 
-def launch_options(width: int, monitors: bool = False, clamps: bool = False, few: bool = False) -> LaunchOptions:
+def launch_options(
+    width: int, monitors: bool = False, clamps: bool = False, few: bool = False, features: bool = False
+) -> LaunchOptions:
     """Options of a width, as measured (docs/performance.md).
 
     Args:
         monitors: whether a probe reduces the row; at many tokens, wide rows then have fewer partial sums to exchange.
         clamps: whether clamps do, the same.
         few: whether there are at most `FEW_TOKENS` tokens; more warps then have more loads under way.
+        features: whether there are clamped features; a chunk of a wide row then takes 16 warps.
     """
-    if MAX_ROW < width <= 2 * MAX_ROW and not (monitors or clamps):
+    if MAX_ROW < width <= 2 * MAX_ROW and not (monitors or clamps or features):
         return LaunchOptions(2 * MAX_ROW, 32)
     if width > MAX_ROW:
-        return LaunchOptions(CHUNK, max(min(16 if few else 8, CHUNK // 256), 1))
+        return LaunchOptions(CHUNK, max(min(16 if few or features else 8, CHUNK // 256), 1))
     block = 1 << max(width - 1, 15).bit_length()
     warps = min(max(block // 256, 1), 16 if few or block > 8192 else 8)
     if (clamps or (monitors and block > 2048)) and not few:

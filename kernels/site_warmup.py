@@ -25,7 +25,7 @@ TOKEN_COUNTS = (1, FEW_TOKENS + 1)
 
 _NEEDS = {
     "table": ("rows", "scale"), "tier": ("gain",), "probe": ("decode",), "rowprobe": ("rows", "decode"),
-    "clamp": ("rows",), "choice": ("capture_rows",),
+    "clamp": ("rows",), "sae": ("rows",), "choice": ("capture_rows",),
 }  # fmt: skip
 """What the data of an op family is read with, by the kind of its bank."""
 
@@ -162,10 +162,12 @@ def zeros(a: SiteArgs, device: torch.device) -> SiteArgs:
 
 def _sizes(banks: Mapping[str, Bank], tokens: int, width: int) -> dict[str, int]:
     """Sizes by the letters of `ARGUMENTS`."""
-    rows = [banks[kind].length for kind in ("table", "rowprobe") if kind in banks]
+    rows = [banks[kind].length for kind in ("table", "rowprobe", "sae_clamp") if kind in banks]
     lines = banks["clamp"].length if "clamp" in banks else 0
     groups = banks["choice"].length if "choice" in banks else 0
-    return {"T": tokens, "H": width, "R": rows[0] if rows else 1, "RK": lines, "G": groups}
+    features = banks["sae_set"].length if "sae_set" in banks else 0
+    sizes = {"T": tokens, "H": width, "R": rows[0] if rows else 1, "RK": lines, "G": groups}
+    return sizes | {"F": features, "FF": 2 * features}
 
 
 def _kind(a: SiteArgs) -> tuple[Any, ...]:

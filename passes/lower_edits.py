@@ -24,7 +24,7 @@ from torch import fx
 
 from steer_compile import torch_compat
 from steer_compile.errors import LoweringError
-from steer_compile.ir import Edit, Fusion, Norm, Plan, Site, dtype_text
+from steer_compile.ir import FULL, Edit, Fusion, Norm, Plan, Site, dtype_text
 from steer_compile.kernels.site_costs import site_costs
 from steer_compile.kernels.site_launch import MAX_CLAMPS, MAX_ROW, MAX_WIDTH
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, is_inplace, op_name, same_dims
@@ -35,7 +35,7 @@ DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY_CALLS = ("linear", "matmul", "bmm", "mm", "addmm", "conv1d", "embedding")
 """Operators whose result lies in memory in any case, so that reading it in the template costs no kernel."""
-REDUCTIONS = frozenset(("monitor", "row_monitor", "clamp"))
+REDUCTIONS = frozenset(("monitor", "row_monitor", "clamp", "sae"))
 UNFUSED = 1.5
 """What an unfused template costs by the cost table's time of a fused one: it reads and writes the row once more."""
 VIEWS = ("view", "reshape", "contiguous", "transpose", "squeeze", "unsqueeze", "flatten", "unflatten", "dropout")
@@ -56,14 +56,23 @@ def lower_edits(plan: Plan, gm: fx.GraphModule, lowering: str) -> Plan:
         return plan
     choice = _Choice(nodes, flow, match_norms(gm.graph), plan)
     groups: dict[str, list[Edit]] = {}
-    edits = [replace(edit, why="gates for the sites behind are plain operators") for edit in plan.edits if edit.detects]
+    edits = [replace(edit, why=_APART[edit.detects]) for edit in plan.edits if _is_apart(edit)]
     for edit in plan.edits:
-        if not edit.detects:
+        if not _is_apart(edit):
             groups.setdefault(edit.site.node, []).append(edit)
     for group in groups.values():
         edits += choice.lower(group, forced=lowering == "template")
-    place = {(edit.site, edit.detects): i for i, edit in enumerate(plan.edits)}
-    return replace(plan, edits=tuple(sorted(edits, key=lambda edit: place[edit.site, edit.detects])))
+    place = {(edit.site, edit.detects, _is_apart(edit)): i for i, edit in enumerate(plan.edits)}
+    ordered = sorted(edits, key=lambda edit: place[edit.site, edit.detects, _is_apart(edit)])
+    return replace(plan, edits=tuple(ordered))
+
+
+_APART = {True: "gates for the sites behind are plain operators", False: "decoding from features has its own kernels"}
+
+
+def _is_apart(edit: Edit) -> bool:
+    """Whether an edit is neither plain operators at its value nor part of the template."""
+    return edit.detects or bool(FULL & set(edit.ops))
 
 
 def _gated(plan: Plan, nodes: Mapping[str, fx.Node], flow: Dataflow) -> Plan:
@@ -72,7 +81,8 @@ def _gated(plan: Plan, nodes: Mapping[str, fx.Node], flow: Dataflow) -> Plan:
     places = {edit: flow.order[flow.writers.get(value, [value])[-1]] for edit, value in values.items()}
     first = min((places[edit] for edit in plan.edits if edit.detects), default=math.inf)
     return replace(plan, edits=tuple(
-        replace(edit, gated=True) if not edit.detects and edit.ops != ("capture",) and places[edit] >= first else edit
+        replace(edit, gated=True) if not edit.detects and edit.ops != ("capture",)
+        and not FULL & set(edit.ops) and places[edit] >= first else edit
         for edit in plan.edits
     ))  # fmt: skip
 
@@ -111,7 +121,7 @@ class _Choice:
     def _unfit(self, group: list[Edit]) -> str:
         """Why the template cannot serve these edits, or nothing."""
         site, value = group[0].site, self.nodes[group[0].site.node].meta["example_value"]
-        tables = {self.plan.banks[s.bank].dtype for e in group for s in e.slots if s.kind in ("table", "clamp")}
+        tables = {self.plan.banks[s.bank].dtype for e in group for s in e.slots if s.kind in ("table", "clamp", "sae")}
         reasons = {
             "it can be patched, and the kernel has no stage for that": any("patch" in e.ops for e in group),
             "Triton is not installed": find_spec("triton") is None,
@@ -204,6 +214,8 @@ class _Choice:
         edited = {edit.site.node for edit in self.plan.edits}
         if len(found) != 1 or site.users is not None or found[0].node in edited:
             return None
+        if any(FULL & set(edit.ops) and edit.site.node == value.name for edit in self.plan.edits):
+            return None  # what the norm reads is made behind the template
         if any(_quantises(reader) for reader in self.nodes[found[0].node].users):
             return None  # the compiler writes norm and quantisation in one kernel, or the engine has one for both
         weights = [self.nodes[name] for name in (found[0].weight, found[0].bias) if name is not None]

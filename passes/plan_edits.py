@@ -10,12 +10,12 @@ import torch
 
 from steer_compile.errors import LoweringError, SiteNotFound
 from steer_compile.hooks import is_stream_hook
-from steer_compile.ir import Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
+from steer_compile.ir import FULL, Bank, Edit, Miss, Plan, Site, SiteTable, Slot, dtype_text
 from steer_compile.spec import CAPTURE_GROUPS, OP_FAMILIES, HookSelection, SteerSpec
 
 DETECTING = frozenset(("monitor", "row_monitor", "score", "memory", "mlp"))
 Wanted: TypeAlias = tuple[tuple[str, ...], Site]
-STORED = ("capture", "packed", "score", "state")
+STORED = ("capture", "packed", "score", "state", "full_log")
 """Kinds of banks that a graph writes."""
 BankKey: TypeAlias = tuple[str, int, torch.dtype, int]
 """Kind, width, dtype and length of a bank."""
@@ -76,7 +76,9 @@ def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) 
     for ops, site in _together([(s.ops, site) for s in spec.steer for site in select_sites(s, table)]):
         detects, steers = _split(ops, spec)
         detecting += [(detects, site)] if detects else []
-        wanted += [(steers, _placed(site, spec))] if steers else []
+        last = tuple(op for op in steers if op in FULL)
+        steers = tuple(op for op in steers if op not in FULL)
+        wanted += [(part, _placed(site, spec)) for part in (steers, last) if part]
     if detecting and table.partial:
         raise LoweringError(
             f"{detecting[0][1].name} has a monitor for the sites behind it, and graph breaks cut this model into "
@@ -86,7 +88,7 @@ def plan_edits(spec: SteerSpec, table: SiteTable, banks: tuple[Bank, ...] = ()) 
     banks = _grow(spec, (*wanted, *detecting), banks)
     edits = [Edit(site, ops, _slots(ops, site, spec, banks)) for ops, site in wanted]
     edits += [Edit(site, ops, _slots(ops, site, spec, banks), detects=True) for ops, site in detecting]
-    return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens, spec.clamps)
+    return Plan(tuple(sorted(edits, key=_order)), banks, spec.max_tokens, spec.clamps, spec.sae_tokens)
 
 
 def _together(wanted: Iterable[Wanted]) -> list[Wanted]:
@@ -145,16 +147,21 @@ _RANKS = {"post_attn": 1, "post_block": 2, "pre_attn": 3}
 
 
 def _order(edit: Edit) -> tuple[int, int, int]:
-    """Order at one value: a block's exit before the next block's entry, capture before steering."""
+    """Order at one value: a block's exit before the next block's entry, capture before steering, decoding last."""
     hook = edit.site.hook
     rank = _RANKS.get(hook, 0) if is_stream_hook(hook) else 4
-    return (edit.site.layer, rank, 0 if "capture" in edit.ops else 1 if edit.detects else 2)
+    return (
+        edit.site.layer,
+        rank,
+        0 if "capture" in edit.ops else 1 if edit.detects else 3 if FULL & set(edit.ops) else 2,
+    )
 
 
 def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKey]:
     """The banks that hold the data of ``ops`` at a site."""
     width, rows, table = site.width, spec.all_rows, spec.table_dtype(site.dtype)
-    slots = spec.patches + 1
+    slots, features = spec.patches + 1, spec.features
+    whole = spec.saes * spec.sae_features
     packed: list[BankKey] = [("packed", width, site.dtype, spec.capture_rows + 1)]
     packed += [("choice", 1, torch.int32, CAPTURE_GROUPS)]
     keys: dict[str, list[BankKey]] = {
@@ -171,6 +178,21 @@ def _bank_keys(ops: tuple[str, ...], site: Site, spec: SteerSpec) -> list[BankKe
         "score": [("score", 2, torch.float32, spec.max_tokens)],
         "memory": [("state", 2, torch.float32, spec.sequences + 1)],
         "mlp": [("mlp", width, torch.float32, spec.hidden), ("mlp_set", 2, torch.float32, spec.hidden)],
+        "sae": [
+            ("sae", width, table, 2 * features),
+            ("sae_set", 8, torch.float32, features),
+            ("sae_clamp", 2 * features, torch.float32, rows),
+        ],
+        "sae_full": [
+            ("full_encoder", width, table, whole),
+            ("full_decoder", width, table, whole),
+            ("full_set", 8, torch.float32, whole),
+            ("full_bias", width, torch.float32, spec.saes),
+            ("full_sae", 4, torch.float32, spec.saes),
+            ("full_row", 4, torch.float32, rows),
+            ("full_clamp", 3 * features, torch.float32, rows),
+        ],
+        "sae_log": [("full_log", 2 * spec.top_features, torch.float32, spec.max_tokens)],
         "clamp": [("clamp", width, table, rows * spec.clamps), ("clamp_set", 3, torch.float32, rows * spec.clamps)],
     }
     return [key for op in ops for key in keys[op]]

@@ -115,6 +115,8 @@ class _Splicer:
                 self._detect(edit, value)
             elif edit.lowering == "template":
                 self._template(edit, value)
+            elif "sae_full" in edit.ops:
+                _decode(self, edit, value)
             elif "capture" in edit.ops:
                 self._capture(edit, value)
             else:
@@ -163,7 +165,7 @@ class _Splicer:
             store_rows(_batch_order(edit.site, found), self.buffers.part(edit.slot("score")), count)
         for source, group in self._sources(edit.site, value).items():
             h = self._proxy(source)
-            args, clamps, total = self._steer_args(edit, h), self._clamps(edit), self._unrounded(source, group)
+            args, clamps, total = self._steer_args(edit, h), _clamps(self.plan, edit), self._unrounded(source, group)
             steered: Any
             if total is not None:  # rounded once, behind the edit; the norm reads what is rounded there
                 whole = self._proxy(total)
@@ -226,7 +228,7 @@ class _Splicer:
         score = self.buffers.bank(edit.slot("score")) if "score" in edit.ops else None
         given: dict[str, Any] = {**self.buffers.stored(edit, stream), "score": score}
         given |= steering._asdict() | _norm_args(edit.fusion, self.by_name)
-        given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": self._clamps(edit)}
+        given |= dict(zip(("stream", "branch"), rows, strict=False)) | {"clamps": _clamps(self.plan, edit)}
         args = tuple(a.node if isinstance(a, fx.Proxy) else a for a in SiteArgs(**given))
         made = self._proxy(self.graph.call_function(torch.ops.steer_compile.site.default, args))
         if not add and edit.ops == ("capture",):
@@ -265,7 +267,7 @@ class _Splicer:
         # In the order of the slots: the graph's text, and with it every compile cache's key, must not vary.
         found = {slot.kind: self.buffers.part(slot) for slot in edit.slots if slot.kind not in CAPTURED}
         tokens: dict[str, str] = {}
-        if kinds & {"table", "rowprobe", "clamp"}:
+        if kinds & {"table", "rowprobe", "clamp", "sae"}:
             tokens["rows"] = ROWS
         if "tier" in kinds:
             tokens["gain"] = GAIN
@@ -278,14 +280,38 @@ class _Splicer:
             found["scale"] = self.buffers.read(SCALE)
         return found
 
-    def _clamps(self, edit: Edit) -> int:
-        return self.plan.clamps if "clamp" in edit.ops else 0
-
     def _following(self, value: fx.Node) -> fx.Node:
         """The node in front of which operations at ``value`` go, so that they stand in the order of the plan."""
         if value.op == "placeholder":
             return self.first
         return self.following.setdefault(value, _made(self.flow, value).next)
+
+
+def _decode(splicer: _Splicer, edit: Edit, value: fx.Node) -> None:
+    """Decode the values of opted-in tokens from features, behind all other edits."""
+    from steer_compile.kernels.sae_full import SaeFullArgs
+
+    own = {slot.kind.removeprefix("full_"): splicer.buffers.part(slot) for slot in edit.slots}
+    own["log"] = splicer.buffers.bank(edit.slot("full_log")) if "sae_log" in edit.ops else None
+    own["row_set"], own["row_clamp"], own["sae_set"] = own.pop("row"), own.pop("clamp"), own.pop("sae")
+    own["settings"] = own.pop("set")
+    for source, group in splicer._sources(edit.site, value).items():
+        total = splicer._unrounded(source, group)
+        h: Any = splicer._proxy(source if total is None else total)
+        work = h.reshape(-1, edit.site.width).clone()
+        rows = splicer._proxy(splicer.buffers.per_token(ROWS, edit.site, h, flat=False)).reshape(-1)
+        args = SaeFullArgs(h=work, rows=rows, **own, capacity=splicer.plan.sae_tokens)
+        given = tuple(a.node if isinstance(a, fx.Proxy) else a for a in args)
+        splicer.graph.call_function(torch.ops.steer_compile.sae_full.default, given)
+        steered = work.view_as(h)
+        if total is not None:
+            unrounded, steered = steered, steered.to(edit.site.dtype)
+            splicer.sums[steered.node] = unrounded.node
+        splicer._redirect(edit.site, value, source, group, steered.node)
+
+
+def _clamps(plan: Plan, edit: Edit) -> int:
+    return plan.clamps if "clamp" in edit.ops else 0
 
 
 def _check(edit: Edit, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:

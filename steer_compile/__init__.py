@@ -3,6 +3,7 @@
 from steer_compile._version import __version__
 from steer_compile.backend import SteerBackend, steer_backend
 from steer_compile.errors import LoweringError, SteerError
+from steer_compile.runtime.features import SAESteering
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.patches import Captured, Patch
 from steer_compile.runtime.runtime import Handle, Runtime
@@ -19,6 +20,7 @@ __all__ = [
     "Monitor",
     "Patch",
     "Runtime",
+    "SAESteering",
     "SteerBackend",
     "SteerError",
     "SteerSpec",

@@ -94,11 +94,18 @@ class SteerBackend:
         return sum(self._warm(*launched) for launched in self._launched)
 
     def _warm(self, plan: Plan, weights: dict[str, torch.dtype], device: torch.device) -> int:
-        if self._inner == "inductor" or device.type != "cuda" or not _has_template(plan):
+        if self._inner == "inductor" or device.type != "cuda":
             return 0
-        from steer_compile.kernels.site_warmup import warm_up  # needs Triton
+        count = 0
+        if _has_template(plan):
+            from steer_compile.kernels.site_warmup import warm_up  # needs Triton
 
-        return warm_up(plan, weights, device)
+            count += warm_up(plan, weights, device)
+        if any("sae_full" in edit.ops for edit in plan.edits):
+            from steer_compile.kernels import sae_full_warmup  # needs Triton
+
+            count += sae_full_warmup.warm_up(plan, device)
+        return count
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         self._partial |= torch_compat.is_partial(gm)

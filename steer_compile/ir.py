@@ -11,6 +11,8 @@ import sympy
 import torch
 
 Dim: TypeAlias = int | sympy.Expr
+FULL = frozenset(("sae_full", "sae_log"))
+"""Families of edits behind all others at a value."""
 ROWS = "steer_rows"
 SCALE = "steer_scale"
 GAIN = "steer_gain"
@@ -201,6 +203,16 @@ class Bank:
     patch       (P + 1) x H            rows that are put in place of values; line 0 is none
     patch_alpha  (P + 1) x H, fp32     their share in each dimension
     patch_slot  max_tokens x 1, int32  line of the site's patch for each token
+    sae         2C x H                 encoder rows, then decoder rows of the site's features
+    sae_set     C x 8, fp32            their settings (`kernels/sae_delta.py`)
+    sae_clamp   R x 2C, fp32           codes, then values of each row's clamped features
+    full_encoder, full_decoder  S * F x H  weights of the site's whole autoencoders, F features each
+    full_set    S * F x 8, fp32        settings of their features
+    full_bias   S x H, fp32            their decoders' biases
+    full_sae    S x 4, fp32            number of features, and k of TopK
+    full_row    R x 4, fp32            which autoencoder decodes a row's values, and how (`kernels/sae_full.py`)
+    full_clamp  R x 3C, fp32           features, codes and values of its clamps
+    full_log    max_tokens x 2L, fp32  the largest features of each token, and their activations
     clamp       R * K x H              unit directions, K for each row
     clamp_set   R * K x 3, fp32        lower bound, upper bound, strength (0: no clamp)
     ==========  =====================  =======================================================================
@@ -282,7 +294,7 @@ class Edit:
 
     Attributes:
         ops: ``capture``, or families of steering (``patch``, ``add``, ``tier``, ``monitor``, ``row_monitor``,
-            ``clamp``), or both.
+            ``clamp``, ``sae``), or both; or ``sae_full``, whose edits are their own.
         slots: where their data lies.
         lowering: ``compiler``: plain operators, which Inductor fuses. ``template``: one Triton kernel.
         fusion: what the template takes over.
@@ -324,12 +336,17 @@ class Plan:
     max_tokens: int
     clamps: int = 0
     """Clamp directions of each row."""
+    sae_tokens: int = 0
+    """Most tokens that are decoded from features."""
 
     def text(self) -> str:
         """Golden text, debug print and compile-cache key at once."""
         banks = [f"bank {i} {bank.text()}" for i, bank in enumerate(self.banks)]
         clamps = [f"clamps: {self.clamps}"] if any("clamp" in edit.ops for edit in self.edits) else []
-        return "\n".join([f"tokens: {self.max_tokens}", *clamps, *banks, *(edit.text() for edit in self.edits)])
+        decoded = [f"decoded tokens: {self.sae_tokens}"] if any("sae_full" in e.ops for e in self.edits) else []
+        return "\n".join(
+            [f"tokens: {self.max_tokens}", *clamps, *decoded, *banks, *(edit.text() for edit in self.edits)]
+        )
 
     def digest(self) -> str:
         """Hex digest of `text`."""

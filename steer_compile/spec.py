@@ -17,9 +17,16 @@ from steer_compile.hooks import parse_hook
 
 Layers: TypeAlias = str | tuple[int, ...]
 LayersLike: TypeAlias = str | int | Iterable[int]
-OP_FAMILIES = ("patch", "add", "tier", "monitor", "row_monitor", "clamp", "score", "memory", "mlp")
-NEEDS = {"score": ("monitor", "row_monitor"), "memory": ("monitor", "row_monitor"), "mlp": ("monitor",)}
-"""Op families that add to a monitor: one of these must be there."""
+OP_FAMILIES = (
+    "patch", "add", "tier", "monitor", "row_monitor", "clamp", "sae", "sae_full", "sae_log", "score", "memory", "mlp",
+)  # fmt: skip
+NEEDS = {
+    "sae_log": ("sae_full",),
+    "score": ("monitor", "row_monitor"),
+    "memory": ("monitor", "row_monitor"),
+    "mlp": ("monitor",),
+}
+"""Op families that add to another one: one of these must be there."""
 LOWERINGS = ("auto", "compiler", "template")
 PLACEMENTS = ("before_norm", "after_norm")
 RESERVED_ROWS = 3
@@ -30,6 +37,10 @@ HIDDEN = 16
 """Hidden units of a probe, where the spec does not say how many."""
 PATCHES = 64
 """Rows that a site can be patched with at once, where the spec does not say how many."""
+FEATURES = 64
+"""Features that may be clamped at a site, where the spec does not say how many."""
+SAES = {"saes": 1, "sae_features": 16384, "sae_tokens": 256, "top_features": 16}
+"""Room for whole autoencoders at a site, where the spec does not say how much."""
 CAPTURE_GROUPS = 64
 """Distinct sets of sites that packed captures of one call may have."""
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
@@ -77,7 +88,7 @@ def parse_ops(value: object, where: str) -> tuple[str, ...]:
         raise SpecError(f"{where}: unknown op family {unknown or '()'}; the families are {', '.join(OP_FAMILIES)}")
     for op, needed in NEEDS.items():
         if op in given and not set(needed) & set(given):
-            raise SpecError(f"{where}: the op family {op!r} needs a probe; add {' or '.join(map(repr, needed))}")
+            raise SpecError(f"{where}: the op family {op!r} needs another one; add {' or '.join(map(repr, needed))}")
     return tuple(op for op in OP_FAMILIES if op in given)
 
 
@@ -91,6 +102,15 @@ def _capacity(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SpecError(f"{name}={value!r} is no capacity; give a whole number of at least {least}")
     return value
+
+
+def _capacities(rows: object, max_tokens: object, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How much room there is, by field."""
+    none = {"overrides": 0, "capture_rows": 0}
+    some = {"clamps": 4, "sequences": SEQUENCES, "hidden": HIDDEN, "patches": PATCHES, "features": FEATURES, **SAES}
+    found = {"rows": _capacity("rows", rows), "max_tokens": _capacity("max_tokens", max_tokens)}
+    found |= {name: _capacity(name, options.get(name, default)) for name, default in some.items()}
+    return found | {name: _capacity(name, options.get(name, default), 0) for name, default in none.items()}
 
 
 def _flag(name: str, value: object) -> bool:
@@ -151,6 +171,11 @@ class SpecOptions(TypedDict, total=False):
     hidden: int
     patches: int
     capture_rows: int
+    features: int
+    saes: int
+    sae_features: int
+    sae_tokens: int
+    top_features: int
 
 
 @dataclass(frozen=True, init=False)
@@ -169,7 +194,9 @@ class SteerSpec:
             ``pre_attn`` and ``post_attn`` it changes the skip path only, not the branch that follows.
         ops: op families of hooks given by name: ``patch`` (rows in place of values), ``add`` (vectors), ``tier`` (a
             dynamic vector of each site, decoded tokens only), ``monitor`` (a probe of each site), ``row_monitor`` (a
-            probe of each row and site), ``clamp``; beside a monitor ``score`` (each token's scores are stored),
+            probe of each row and site), ``clamp``, ``sae`` (features of sparse autoencoders are clamped), ``sae_full``
+            (values are decoded from all features, those of TopK autoencoders too) and beside it ``sae_log`` (each
+            token's largest features are stored); beside a monitor ``score`` (each token's scores are stored),
             ``memory`` (step gates remember, for each sequence, whether they are open) and ``mlp`` (the site's probe
             has hidden units).
         clamps: clamp directions of each row at a site.
@@ -183,6 +210,11 @@ class SteerSpec:
         patches: distinct rows that one site can be patched with at once.
         capture_rows: most tokens of one call that are stored, where captures are packed: which tokens, and at which
             sites, is then run-time data. 0: captures are dense, every token of a call at every site.
+        features: features that may be clamped at one site, of all its autoencoders together.
+        saes: autoencoders that one site has room for as a whole (``sae_full``).
+        sae_features: features of each of them at most.
+        sae_tokens: most tokens of one call that are decoded from features at one site.
+        top_features: features that are stored of each token (``sae_log``).
 
     Raises:
         SpecError: an unknown hook, layer selection, dtype, placement, op family or lowering, or a capacity below one.
@@ -204,6 +236,11 @@ class SteerSpec:
     hidden: int
     patches: int
     capture_rows: int
+    features: int
+    saes: int
+    sae_features: int
+    sae_tokens: int
+    top_features: int
 
     def __init__(
         self,
@@ -227,19 +264,11 @@ class SteerSpec:
         object.__setattr__(self, "capture", self._selections(capture, "capture"))
         if not self.steer and not self.capture:
             raise SpecError("the spec names no hook; give steer=('post_block',) or capture=('post_block',)")
-        fields = {
-            "rows": _capacity("rows", rows),
-            "max_tokens": _capacity("max_tokens", max_tokens),
-            "dtype": name,
+        fields = {"dtype": name, **_capacities(rows, max_tokens, options)}
+        fields |= {
             "placement": _one_of("placement", options.get("placement", "before_norm"), PLACEMENTS),
-            "clamps": _capacity("clamps", options.get("clamps", 4)),
             "lowering": _one_of("lowering", options.get("lowering", "auto"), LOWERINGS),
-            "overrides": _capacity("overrides", options.get("overrides", 0), 0),
-            "sequences": _capacity("sequences", options.get("sequences", SEQUENCES)),
             "cross_layer": _flag("cross_layer", options.get("cross_layer", False)),
-            "hidden": _capacity("hidden", options.get("hidden", HIDDEN)),
-            "patches": _capacity("patches", options.get("patches", PATCHES)),
-            "capture_rows": _capacity("capture_rows", options.get("capture_rows", 0), 0),
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
@@ -305,7 +334,7 @@ class SteerSpec:
         }
         rarer = {"dtype": None, "overrides": 0, "sequences": SEQUENCES, "cross_layer": False, "hidden": HIDDEN}
         rarer |= {"patches": PATCHES}
-        rarer["capture_rows"] = 0
+        rarer |= {"capture_rows": 0, "features": FEATURES, **SAES}
         return data | {key: vars(self)[key] for key, default in rarer.items() if vars(self)[key] != default}
 
     @classmethod

@@ -18,7 +18,7 @@ FUNCTION_LINES = 60
 CLASS_LINES = 200
 ARGUMENTS = 8
 COMMAND_ARGUMENTS = 12  # a command's arguments are its command line
-KERNEL_ARGUMENTS = 36  # a Triton kernel takes pointers, strides and constants one by one
+KERNEL_ARGUMENTS = 41  # a Triton kernel takes pointers and constants one by one; the site template has 28 and 13
 PROBES = 2  # getattr(x, "name", default) and hasattr(x, "name") in one file
 
 BROAD_EXCEPTS: dict[str, int] = {

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from steer_compile.errors import NotSteered, SpecError, TooManyTokens
@@ -60,7 +62,6 @@ class Calls(Registry):
         self._planned: tuple[int, int, tuple[list[RowPlan], bool]] = (-1, 0, ([], False))
         self._last_layer: int | None = None
         self._continued = False
-        self._shape = (0, 0)
         self._logs: list[CaptureLog] = []
         self.sinks: list[Sink] = []
         self._step: Step | None = None
@@ -122,7 +123,7 @@ class Calls(Registry):
                 not captured.
         """
         last, shape = self._last_layer, (batch, length)
-        self._continued = last is not None and first_layer > last and shape == self._shape
+        self._continued = last is not None and first_layer > last and shape == self.shape
         self._last_layer = first_layer
         if self._continued:
             with self._lock, torch.no_grad():
@@ -141,7 +142,7 @@ class Calls(Registry):
             else:
                 self.packed.write(None)
             self.calls += 1
-            self._last_layer, self._shape = first_layer, shape
+            self._last_layer, self.shape = first_layer, shape
 
     def _plans(self, batch: int) -> tuple[list[RowPlan], bool]:
         """Plan of each element, and whether one steers some tokens only; made once for an assignment."""
@@ -156,7 +157,7 @@ class Calls(Registry):
         self.patches.check_batch(batch)
         demands = [log.demand for log in self._logs if log.demand is not None]
         demands += [sink.demand for sink in self.sinks] if self._spec.capture_rows else []
-        phases = copy(self.phases) if demands else self.phases  # a call that is refused does not move the phase on
+        before, phases = self.phases, copy(self.phases)  # a call that is refused does not move the phase on
         step = phases.advance(batch, length)
         for one in demands:
             self.packed.check(one, whole=not self._scope.partial)
@@ -169,12 +170,29 @@ class Calls(Registry):
         padded = self.phases.prompts is not None and step.phase == "prefill"
         moving = padded or selective
         key = (self._version, step) if moving else (self._version, step.phase, batch, length)
+        key = (*key, self._rows.decodings)
         if key != self._index_key:
-            self.tables.index(token_rows(step, plans))
+            rows = token_rows(step, plans)
+            try:
+                self._check_decoded(rows)
+            except TooManyTokens:
+                self.phases = before
+                raise
+            self.tables.index(rows)
             self._index_key = key
         self.sites.before_call(batch, length, step.phase == "decode")
         self.patches.before_call(step)
         self.packed.write(chosen)
+
+    def _check_decoded(self, rows: npt.NDArray[np.int32]) -> None:
+        """Raise `TooManyTokens` for more tokens that are decoded from features than there is room for."""
+        for (hook, layer), decoded in self._rows.decoded().items():
+            count = int(decoded[rows].sum())
+            if count > self._spec.sae_tokens:
+                raise TooManyTokens(
+                    f"the call has {count} tokens that are decoded from features at layers.{layer}.{hook} but the spec "
+                    f"has sae_tokens={self._spec.sae_tokens}; raise it and compile again, or split the call"
+                )
 
     def after_call(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None = None) -> None:
         """Called behind each compiled graph: let open capture logs and sinks take the sites that it stored.
@@ -189,10 +207,10 @@ class Calls(Registry):
         self._end(captured, token_ids)
 
     def _take_dense(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
-        batch, length = self._shape
+        batch, length = self.shape
         values = self.tables.captured(batch * length) if captured and (self._logs or self.sinks) else {}
         for log in list(self._logs):
-            log.take({key: values[key] for key in captured}, self._shape, self._continued, self._step)
+            log.take({key: values[key] for key in captured}, self.shape, self._continued, self._step)
         for sink in self.sinks:
             sink.take({key: values[key] for key in captured}, token_ids, not self._scope.partial)
 
@@ -201,7 +219,7 @@ class Calls(Registry):
             return
         values = self.packed.stored(captured)
         ids = token_ids.reshape(-1).clone() if token_ids is not None else None
-        names = self._batches[-1].names_of(self._shape[0])
+        names = self._batches[-1].names_of(self.shape[0])
         for log in list(self._logs):
             begun = self.packed.call(log.demand, names, self.calls - 1) if log.demand is not None else None
             if begun is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -12,12 +12,14 @@ import torch
 from steer_compile.errors import UnknownName
 from steer_compile.ir import Bank, Plan, SiteTable
 from steer_compile.runtime.contents import Contents
+from steer_compile.runtime.features import SAESteering, sae_steering
 from steer_compile.runtime.gates import Monitor, SiteLike, clamps_by_site
 from steer_compile.runtime.named import NamedVectors
 from steer_compile.runtime.override_rows import OverrideRows
 from steer_compile.runtime.patching import SitePatches
 from steer_compile.runtime.row_store import RowStore
 from steer_compile.runtime.rows import RowKey, RowPlan
+from steer_compile.runtime.sae_store import SAEStore
 from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.site_state import SiteState
 from steer_compile.runtime.steering import Steering
@@ -56,9 +58,12 @@ class Registry:
         self.overrides = OverrideRows(spec, self._rows, self._lock)
         self.sites = SiteState(self.tables, self._scope, self._lock)
         self.patches = SitePatches(self.tables, self._scope)
+        self.saes = SAEStore(spec, self.tables, self._scope, self._lock, self._rows.users, lambda: self.shape)
         self.named = NamedVectors()
         self._handles: dict[int, Handle] = {}
         self._numbers = count(1)
+        self.shape = (0, 0)
+        """Sequences and tokens of each in the last call."""
 
     def bind(self, plan: Plan, table: SiteTable, device: torch.device) -> None:
         """Allocate the plan's tensors and write what was set before the model was compiled.
@@ -81,6 +86,8 @@ class Registry:
             self._rows.check_all()
             self.sites.check_all()
             self.patches.check_all()
+            self.saes.check_all()
+            self.saes.bind()
             self._rows.write_all()
             self.sites.bind()
             self.patches.bind()
@@ -112,21 +119,26 @@ class Registry:
             return self.named.digests()
 
     def set_global(
-        self, base: object = None, prefill: object = None, decode: object = None, clamps: object = None
-    ) -> None:
-        """Replace the global tiers and clamps; every sequence gets them, with its own steering on top.
+        self, base: object = None, prefill: object = None, decode: object = None, clamps: object = None,
+        features: Sequence[SAESteering] = (),
+    ) -> None:  # fmt: skip
+        """Replace the global tiers, clamps and features; every sequence gets them, with its own steering on top.
 
         Args:
             base, prefill, decode: vectors (any form that `vector_set` takes).
-            clamps: a list of `Clamp` for each site, in both phases, in front of a configuration's own.
+            clamps: lists of `Clamp` by site, in front of a configuration's own. features: others than its own.
 
         Raises:
-            VectorError, SiteNotFound: bad vectors or clamps, or more clamps at a site than the spec has room for,
-                those of a live configuration included; all stays as it was.
+            VectorError, SiteNotFound, SAEError, UnknownName: what does not fit, alone or together with a live
+                configuration's own; all stays as it was.
         """
         both, shared = (vector_set(base), 1.0), clamps_by_site(clamps)
         tiers = {"prefill": vector_set(prefill), "decode": vector_set(decode)}
-        self.adopt_global({phase: Contents((both, (tiers[phase], 1.0)), (), shared) for phase in PHASES})
+        with self._lock:
+            found = {phase: self.saes.resolve(sae_steering(features), phase) for phase in PHASES}
+            made = {p: Contents((both, (tiers[p], 1.0)), (), shared, found[p]) for p in PHASES}
+            self._rows.check_features(made)
+            self.adopt_global(made)
 
     def adopt_global(self, everyone: Mapping[str, Contents]) -> None:
         """Replace the global tiers and clamps by contents, by phase.
@@ -142,29 +154,18 @@ class Registry:
         self.set_global()
 
     def set_tier(self, vectors: object = None, gain: float = 1.0) -> None:
-        """Replace the dynamic tier: a vector of each site, times ``gain``, added to decoded tokens only.
-
-        Args:
-            vectors: any form that `vector_set` takes; sites that it does not name get nothing.
-
-        Raises:
-            VectorError, SiteNotFound: bad vectors or gain, or a site without the op family ``tier``; the tier stays.
-        """
+        """Replace the dynamic tier; see `SiteMonitors.set_tier`. Sites that it does not name get nothing."""
         self.sites.set_tier(vectors, gain)
 
     def set_monitor(
         self, site: SiteLike, probe: object = None, threshold: float = 0.0, sharpness: float = 1.0,
         gate_rows: bool = False,
     ) -> None:  # fmt: skip
-        """Put a monitor at a site, where it gates the dynamic tier: ``sigmoid(sharpness * (h . probe - threshold))``.
+        """Put a monitor at a site: ``sigmoid(sharpness * (h . probe - threshold))`` gates the dynamic tier.
 
         Args:
-            site: ``("post_block", 3)`` or ``"layers.3.post_block"``.
-            probe: direction (H,), or a `Monitor` of its own settings; None takes the site's away.
-            gate_rows: it also gates the rows' vectors at decoded tokens.
-
-        Raises:
-            VectorError: a bad probe or setting. SiteNotFound: a site without the op family ``monitor``.
+            probe: direction (H,), or a `Monitor` of its own settings; None takes the site's away. ``site`` and
+                ``gate_rows`` are those of `SiteMonitors.set_monitor`, and so are the errors.
         """
         given = probe if probe is None or isinstance(probe, Monitor) else Monitor(probe, threshold, sharpness)
         self.sites.set_monitor(site, given, gate_rows)
@@ -179,6 +180,7 @@ class Registry:
         """
         with self._lock:
             made = {phase: self.contents(config, phase) for phase in PHASES}
+            self._rows.check_features(self._rows.everyone, made)
             return self.adopt(made, config.tokens, frozenset(name for name, _ in config.named))
 
     def adopt(
@@ -201,7 +203,7 @@ class Registry:
         """Raise as `adopt` does for contents that no row can hold; they may use a share of the tables' range."""
         with self._lock:
             self._rows.check(contents)
-            contents.check_room(self._spec.clamps)
+            contents.check_room(self._spec)
             contents.check_range(self.tables, share)
 
     def release(self, handle: Handle) -> None:
@@ -239,4 +241,5 @@ class Registry:
         """
         parts = [(config.base, config.scale), (config.tier(phase), config.scale)]
         parts += [(self.named.get(name), scale * config.scale) for name, scale in config.named]
-        return Contents(tuple((v, s) for v, s in parts if v), config.monitors, config.clamps)
+        found = self.saes.resolve(config.features, phase)
+        return Contents(tuple((v, s) for v, s in parts if v), config.monitors, config.clamps, found)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from steer_compile.errors import VectorError
+import numpy as np
+import numpy.typing as npt
+
+from steer_compile.errors import SteerError
 from steer_compile.runtime.contents import Contents
 from steer_compile.runtime.rows import GLOBAL_ROWS, RowAllocator, RowKey
 from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.tables import TableSet, numbers
-from steer_compile.runtime.vectors import PHASES
+from steer_compile.runtime.vectors import PHASES, SiteKey
 from steer_compile.spec import SteerSpec
 
 
@@ -17,13 +20,15 @@ class RowStore:
     """Rows by phase and content. Every change happens as a whole or not at all; the caller holds the lock."""
 
     def __init__(self, spec: SteerSpec, tables: TableSet, scope: Scope) -> None:
-        self._most_clamps = spec.clamps
+        self._spec = spec
         self._tables = tables
         self._scope = scope
         self._rows = RowAllocator(spec.rows)
         self._contents: dict[RowKey, Contents] = {}
         self._scales: dict[int, float] = {}
         self._pinned: dict[int, Contents] = {}
+        self.decodings = 0
+        """Counts changes of who is decoded from features, other than by taking rows."""
         self._everyone: dict[str, Contents] = {phase: Contents() for phase in PHASES}
 
     @property
@@ -33,6 +38,31 @@ class RowStore:
     def live(self) -> dict[RowKey, int]:
         """Rows in use by key."""
         return self._rows.live()
+
+    def check_features(self, everyone: Mapping[str, Contents], own: Mapping[str, Contents] | None = None) -> None:
+        """Raise `SAEError` where everyone and a row clamp one feature; ``own``: by phase, None for the rows in use.
+
+        An engine, which cannot hold requests back that wait already, gives rows theirs instead (`Contents.under`).
+        """
+        rows = [(phase, held) for (phase, _), held in self._contents.items()] if own is None else list(own.items())
+        for phase, held in rows:
+            everyone[phase].features + held.features
+
+    def users(self, sae: str) -> int:
+        """Rows that use an autoencoder, those of everyone included."""
+        held = (*self._everyone.values(), *self._contents.values(), *self._pinned.values())
+        return sum(sae in contents.features.names for contents in held)
+
+    def decoded(self) -> dict[SiteKey, npt.NDArray[np.bool_]]:
+        """Which rows are decoded from features, by site; ``(R,)`` of each."""
+        rows = [(row, phase, Contents()) for phase, row in GLOBAL_ROWS.items()]
+        rows += [(row, key[0], self._contents[key]) for key, row in self._rows.live().items()]
+        rows += [(row, "decode", own) for row, own in self._pinned.items()]
+        found: dict[SiteKey, npt.NDArray[np.bool_]] = {}
+        for row, phase, own in rows:
+            for site, _ in (*self._everyone[phase].features.decodings, *own.features.decodings):
+                found.setdefault(site, np.zeros(self._spec.all_rows, np.bool_))[row] = True
+        return found
 
     def check(self, contents: Contents, whole: bool = False) -> None:
         """Raise for what the spec or a compiled site cannot take (``whole``: all parts of the model ran).
@@ -59,11 +89,11 @@ class RowStore:
         for contents in {key[1]: made[phase] for phase, key in keys.items() if key not in live}.values():
             self.check(contents)
         for phase, contents in made.items():
-            (self._everyone[phase] + contents).check_room(self._most_clamps)
+            self._everyone[phase].under(contents).check_room(self._spec)
         acquired = self._rows.acquire(list(keys.values()))
         try:
             self._fill({phase: acquired[key][0] for phase, key in keys.items() if acquired[key][1]}, made)
-        except VectorError:
+        except SteerError:
             self.drop(tuple(keys.values()))
             raise
         return {phase: (key, acquired[key][0]) for phase, key in keys.items()}
@@ -73,11 +103,11 @@ class RowStore:
         together: dict[str, tuple[Contents, list[int]]] = {}
         for phase, row in rows.items():
             self._contents[phase, made[phase].digest()] = made[phase]
-            whole = self._everyone[phase] + made[phase]
+            whole = self._everyone[phase].under(made[phase])
             together.setdefault(whole.digest(), (whole, []))[1].append(row)
         if self._tables.device is not None:
             for whole, places in together.values():
-                whole.write(self._tables, places, self._most_clamps)
+                whole.write(self._tables, places)
         for row in rows.values():
             self.set_scale(row, 1.0)
 
@@ -97,15 +127,16 @@ class RowStore:
         """
         for contents in everyone.values():
             self.check(contents)
-            contents.check_room(self._most_clamps)
+            contents.check_room(self._spec)
         for (phase, _), own in self._contents.items():
-            (everyone[phase] + own).check_room(self._most_clamps)
+            everyone[phase].under(own).check_room(self._spec)
         for own in self._pinned.values():
-            (everyone["decode"] + own).check_room(self._most_clamps)
+            everyone["decode"].under(own).check_room(self._spec)
         before, self._everyone = self._everyone, dict(everyone)
+        self.decodings += 1
         try:
             self.write_all()
-        except VectorError:
+        except SteerError:
             self._everyone = before
             self.write_all()
             raise
@@ -148,15 +179,16 @@ class RowStore:
             VectorError, SiteNotFound: contents that do not fit; the row stays as it was.
         """
         self.check(contents)
-        (self._everyone["decode"] + contents).check_room(self._most_clamps)
+        self._everyone["decode"].under(contents).check_room(self._spec)
         before = self._pinned.get(row)
         try:
             self._write(row, "decode", contents)
-        except VectorError:
+        except SteerError:
             if before is not None:
                 self._write(row, "decode", before)
             raise
         self._pinned[row] = contents
+        self.decodings += bool(contents.features.decodings or (before and before.features.decodings))
 
     def unpin(self, row: int) -> None:
         """Forget a row of the pool of overrides."""
@@ -178,4 +210,4 @@ class RowStore:
 
     def _write(self, row: int, phase: str, own: Contents) -> None:
         if self._tables.device is not None:
-            (self._everyone[phase] + own).write(self._tables, [row], self._most_clamps)
+            self._everyone[phase].under(own).write(self._tables, [row])

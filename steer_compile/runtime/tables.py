@@ -11,17 +11,20 @@ import torch
 
 from steer_compile.errors import SiteNotFound, VectorError
 from steer_compile.ir import CAPTURE, DECODE, GAIN, ROWS, SCALE, SLOT, Bank, bank_name
+from steer_compile.kernels.sae_delta import NO_FEATURE
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import SteerSpec
 
 _NEUTRAL = {
     "clamp_set": (-torch.inf, torch.inf, 0.0),
+    "sae_set": NO_FEATURE,
+    "full_set": NO_FEATURE,
 }
 """What each line of a bank of settings holds while nothing is set; other banks hold zeros."""
 
 KINDS = {
     "patch": "patch", "add": "table", "tier": "tier", "monitor": "probe", "row_monitor": "rowprobe", "clamp": "clamp",
-    "score": "score", "memory": "state", "mlp": "mlp",
+    "sae": "sae", "sae_full": "full_encoder", "sae_log": "full_log", "score": "score", "memory": "state", "mlp": "mlp",
 }  # fmt: skip
 """Kind of the bank that holds the vectors of each op family."""
 
@@ -36,6 +39,8 @@ _NOUNS = {
     "row_monitor": "probe",
     "clamp": "direction",
     "mlp": "hidden unit",
+    "sae": "autoencoder",
+    "sae_full": "autoencoder",
 }
 
 

@@ -4,6 +4,7 @@ from steer_compile.sae.activation import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from steer_compile.sae.features import FeatureRows, features
 from steer_compile.sae.files import load, load_all, save
 from steer_compile.sae.model import SAE
+from steer_compile.sae.monitor import feature_monitor
 from steer_compile.sae.normalise import FactorNorm, LayerNorm, NoNorm
 from steer_compile.sae.steer import FeatureClamp, steered_delta, steered_reconstruction
 
@@ -19,6 +20,7 @@ __all__ = [
     "NoNorm",
     "ReLU",
     "TopK",
+    "feature_monitor",
     "features",
     "load",
     "load_all",

@@ -84,6 +84,8 @@ class FrontEnd:
         banks = self._registry.tables.banks
         self._captured = {site: bank.width for bank in banks if bank.kind == "capture" for site in bank.sites}
         self.everyone: Everyone = {"prefill": Contents(), "decode": Contents()}
+        for sae in settings.saes:
+            sae.attach(self._registry)
         for name, path in settings.vectors:
             self.register(name, load_vectors(path))
 
@@ -96,7 +98,7 @@ class FrontEnd:
         """
         rest, gates, asked = parts(given)
         steering = parse(rest)
-        made, more = self._made(steering), dict[str, Any]()
+        made, more = self._made(steering, self.everyone), dict[str, Any]()
         if gates is not None:
             own, at_most, more = gated(self._registry, self.settings.spec, made["decode"], steering.tokens, gates)
             made = {**made, "decode": own}
@@ -118,11 +120,13 @@ class FrontEnd:
         reference = {"name": capture.name, "to": capture.to, "file": file, "stages": self.stages}
         return Checked(data, digests, reference, capture.tokens.in_prompt)
 
-    def _made(self, steering: Steering) -> dict[str, Contents]:
-        """Contents by phase that a row of the engine can hold."""
+    def _made(self, steering: Steering, others: Everyone) -> dict[str, Contents]:
+        """Contents by phase that a row of the engine can hold beside what others have."""
         made = {phase: self._registry.contents(steering, phase) for phase in PHASES}
         for contents in {contents.digest(): contents for contents in made.values()}.values():
             self._registry.check(contents, _SHARE)
+        for phase, contents in made.items():
+            others.get(phase, Contents()).features + contents.features  # raises for a feature that both clamp
         return made
 
     def _capture(self, asked: CaptureAsked) -> CaptureRequest:
@@ -220,8 +224,8 @@ class FrontEnd:
         """
         steering = parse(given)
         if steering.tokens is not None or steering.monitors or steering.clamps:
-            raise SpecError("global steering has vectors only; leave out tokens, monitors and clamps")
-        return self._made(steering)
+            raise SpecError("global steering has vectors and features only; leave out tokens, monitors and clamps")
+        return self._made(steering, {})
 
     def status(self) -> dict[str, Any]:
         """The spec, the model's stream, named vectors and global steering."""

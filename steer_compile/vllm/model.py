@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ from steer_compile.runtime.tables import TableSet
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import HookSelection, SteerSpec
 from steer_compile.vllm.anchor import anchored, raised
+from steer_compile.vllm.autoencoders import SAESpec
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class SteeredModel:
         plans: what was spliced; empty where vLLM loaded a compiled artifact, whose key vouches for it.
     """
 
-    def __init__(self, spec: SteerSpec, shape: Shape, device: torch.device) -> None:
+    def __init__(self, spec: SteerSpec, shape: Shape, device: torch.device, saes: Iterable[SAESpec] = ()) -> None:
         self.spec = spec
         self.plans: list[Plan] = []
         self._shape = shape
         self.registry = Registry(spec, shape.elsewhere)
         self.registry.reserve(expected_banks(spec, shape), device)
+        for sae in saes:
+            sae.attach(self.registry)
         self._tables = _parts(self.registry.tables)
 
     def attach(self, model: nn.Module) -> None:

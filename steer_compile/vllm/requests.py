@@ -10,6 +10,7 @@ Declarative data only::
      "tokens": {"spans": [[0, 5]], "last_prompt": true, "generated": true},
      "monitors": {"layers.3.post_block": {"probe": [...], "threshold": 0.5, "sharpness": 4.0}},
      "clamps": {"layers.3.post_block": [{"direction": [...], "lo": -1.0, "hi": 1.0}]},
+     "features": [{"sae": "bridge", "clamps": [{"feature": 12, "value": 8.0}]}],    as in `autoencoders`
      "gates": [{"when": ..., "scope": ..., "apply": ...}],    as in `steer_compile.dynamic.gates`
      "conversation": "chat 12",                         what the request belongs to
      "capture": {"sites": {"post_block": [3, 5]}, "tokens": {"last_prompt": true}, "name": "run 7"}}
@@ -32,6 +33,7 @@ from steer_compile.errors import SpecError, VectorError
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.vectors import TokenSelection
+from steer_compile.vllm.autoencoders import features_of
 from steer_compile.vllm.request_gates import GatesAsked
 
 KEY = "steer"
@@ -47,7 +49,7 @@ MAX_NUMBERS = 1 << 26
 MOST_NAMES, MOST_SPANS = 16, 64
 """Most named sets and spans of a request: the engine handles each in every step or row."""
 
-_FIELDS = {"named", "base", "prefill", "decode", "scale", "tokens", "monitors", "clamps"}
+_FIELDS = {"named", "base", "prefill", "decode", "scale", "tokens", "monitors", "clamps", "features"}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -69,6 +71,7 @@ def parse(given: object) -> Steering:
         tokens=tokens_of(data["tokens"]) if data.get("tokens") is not None else None,
         monitors={site: _monitor(item) for site, item in object_of("monitors", data.get("monitors", {})).items()},
         clamps={site: _clamps(items) for site, items in object_of("clamps", data.get("clamps", {})).items()},
+        features=features_of(data.get("features", [])),
     )
 
 

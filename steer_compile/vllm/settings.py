@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 from steer_compile.errors import SpecError
 from steer_compile.spec import SteerSpec
+from steer_compile.vllm.autoencoders import SAESpec, sae_specs
 from steer_compile.vllm.capture_consumers import ConsumerSpec, consumer_specs
 from steer_compile.vllm.operator_code import ControllerSpec, controller_specs, to_data
 
 KEY = "steer_compile"
 """Key of the settings in vLLM's ``additional_config``."""
 
-OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes", "consumers", "controllers")
+OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes", "consumers", "controllers", "saes")
 """Keys beside the spec's."""
 CAPTURE_BYTES = 1 << 30
 
@@ -42,6 +43,7 @@ class Settings:
         capture_bytes: most bytes of captured rows in memory; of what comes beyond them rows are dropped.
         consumers: where captured rows go beside files, by the names that requests give.
         controllers: controllers of dynamic steering, run on every rank.
+        saes: autoencoders whose features requests may steer.
     """
 
     spec: SteerSpec
@@ -51,6 +53,7 @@ class Settings:
     capture_bytes: int = CAPTURE_BYTES
     consumers: tuple[ConsumerSpec, ...] = ()
     controllers: tuple[ControllerSpec, ...] = ()
+    saes: tuple[SAESpec, ...] = ()
 
     @property
     def dynamic(self) -> bool:
@@ -83,7 +86,7 @@ class Settings:
                 "{'steer': ['post_block']} (steer_compile.vllm.engine_args makes it of a SteerSpec)"
             )
         plain = {key: value for key, value in given.items() if key not in OWN_KEYS}
-        spec = SteerSpec.from_dict({"dtype": dtype, **plain, "max_tokens": max_tokens})
+        spec = SteerSpec.from_dict({"dtype": dtype, "sae_tokens": max_tokens, **plain, "max_tokens": max_tokens})
         controllers = controller_specs(given.get("controllers", {}))
         _check_reach(spec, bool(controllers))
         folders = {name: _folder(name, given.get(name, "")) for name in ("vector_root", "capture_dir")}
@@ -106,7 +109,8 @@ class Settings:
                 f"the spec has the consumer {consumers[0].name!r} and captures nothing; name hooks in capture"
             )
         files = _files(given.get("vectors", {}))
-        return cls(spec, files, **folders, capture_bytes=most, consumers=consumers, controllers=controllers)
+        saes = _saes(given.get("saes", {}), spec)
+        return cls(spec, files, **folders, capture_bytes=most, consumers=consumers, controllers=controllers, saes=saes)
 
 
 def _check_reach(spec: SteerSpec, controllers: bool) -> None:
@@ -128,6 +132,29 @@ def _check_reach(spec: SteerSpec, controllers: bool) -> None:
             f"the spec has the op family 'score' at {scored}, and no controller reads scores; name one in controllers, "
             "or leave the family out"
         )
+
+
+def _saes(given: object, spec: SteerSpec) -> tuple[SAESpec, ...]:
+    """The engine's autoencoders, and that the spec can do what they need."""
+    families = {op for selection in spec.steer for op in selection.ops}
+    if "sae_log" in families:
+        raise SpecError(
+            "the spec has the op family 'sae_log', and nothing of vLLM's reads it; leave it out, or capture rows and "
+            "encode them (steer_compile.sae.features)"
+        )
+    if "sae_full" in families and spec.sae_tokens < spec.max_tokens:
+        raise SpecError(
+            f"sae_tokens={spec.sae_tokens}, and a step may have {spec.max_tokens} tokens, all of which requests may "
+            "want decoded; leave sae_tokens out, or lower max_num_batched_tokens"
+        )
+    found = sae_specs(given)
+    if bool(found) != bool(families & {"sae", "sae_full"}):
+        raise SpecError(
+            "the spec has the op families sae or sae_full and no autoencoders; name some in saes"
+            if not found
+            else f"saes names {found[0].name!r}, and the spec has neither 'sae' nor 'sae_full' in its ops; add one"
+        )
+    return found
 
 
 def _folder(name: str, given: object) -> str:
@@ -152,6 +179,7 @@ def engine_args(
     capture_dir: str | Path = "",
     controllers: Mapping[str, Mapping[str, Any]] | None = None,
     consumers: Mapping[str, Mapping[str, Any]] | None = None,
+    saes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` or ``AsyncEngineArgs`` that switch steering on.
 
@@ -164,6 +192,8 @@ def engine_args(
             every process of the engine makes one. Code of the operator's; requests cannot name any.
         consumers: where captured rows of requests may go beside files: name to ``{"consumer": "parquet", "options":
             {...}}``, as `steer_compile.capture.consumer.make_consumer` takes them.
+        saes: autoencoders whose features requests may steer: name to ``{"path": folder, "features": [...], "whole":
+            ..., "sae": ..., "site": ..., "options": {...}}`` (`SAESpec`).
 
     Raises:
         SpecError: a vector file or a folder that is not there, or controllers or consumers of another form.
@@ -175,6 +205,8 @@ def engine_args(
     more |= {name: _folder(name, str(path)) for name, path in folders.items() if path}
     if controllers:
         more["controllers"] = to_data(controller_specs(controllers))
+    if saes:
+        more["saes"] = {spec.name: spec.to_data() for spec in sae_specs(saes)}
     if consumers:
         more["consumers"] = {spec.name: spec.to_data() for spec in consumer_specs(consumers)}
     return {"additional_config": {KEY: {**plain, **more}}}

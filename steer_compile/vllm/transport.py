@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from steer_compile.runtime.contents import Contents
+from steer_compile.runtime.features import Features
 from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.vectors import TokenSelection, VectorSet
 
@@ -57,6 +58,7 @@ def _contents(contents: Contents) -> dict[str, Any]:
             [*site, [[_bytes(c.direction), c.lo, c.hi, c.strength, c.digest] for c in each]]
             for site, each in contents.clamps
         ],
+        "features": contents.features.to_data(),
     }
 
 
@@ -72,6 +74,7 @@ def _read_contents(data: Mapping[str, Any]) -> Contents:
             ((hook, layer), tuple(Clamp.checked(_floats(direction), *settings) for direction, *settings in each))
             for hook, layer, each in data["clamps"]
         ),
+        Features.of_data(data["features"]),
     )
 
 

@@ -25,8 +25,10 @@ SETUPS = {
     "all 2048": Setup(width=2048),
     "all 1000": Setup(width=1000),
     "add 2048": Setup(("branch", "add"), 2048),
+    "sae 2048": Setup(("branch", "add", "sae"), 2048),
     "packed 2048": Setup(("branch", "packed", "add"), 2048),
     "packed wide": Setup(("branch", "packed", "add"), 2 * MAX_ROW + 4096),
+    "sae wide": Setup(("branch", "add", "sae"), MAX_ROW + 4096),
     "all wide": Setup(width=MAX_ROW + 4096, norm="layer", bias=torch.bfloat16),
 }
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from steer_compile.kernels.site import SiteArgs
 
-FAMILIES = ("branch", "capture", "add", "tier", "monitor", "row_monitor", "clamp")
+FAMILIES = ("branch", "capture", "add", "tier", "monitor", "row_monitor", "clamp", "sae")
 GATED = ("gates", "score")
 """What is there beside other families only."""
 PACKED = "packed"
 """In the place of ``capture``: chosen tokens are stored."""
-ROWS, CLAMPS, GROUPS = 5, 3, 4
+ROWS, CLAMPS, GROUPS, FEATURES = 5, 3, 4, 11
 
 
 @dataclass
@@ -89,6 +89,19 @@ class _Draw:
         settings = torch.stack([low, high, self.pick((0.0, 1.0, 0.5), ROWS * CLAMPS)], 1)
         settings[:CLAMPS, 2] = 0
         return {"rows": self.rows(), "clamp": directions.to(self.table), "clamp_set": settings}
+
+    def sae(self) -> dict[str, Tensor]:
+        """Features of every kind; row 0 has no code, and row 1 one in the last place."""
+        weights = torch.nn.functional.normalize(self.randn(2 * FEATURES, self.width), dim=-1).to(self.table)
+        settings = torch.zeros(FEATURES, 8, device=self.device)
+        settings[:, 0], settings[:, 1] = self.randn(FEATURES), self.randn(FEATURES).abs() * 0.3
+        settings[:, 2], settings[:, 3] = self.randn(FEATURES).abs(), self.randn(FEATURES)
+        settings[:, 4], settings[:, 7] = self.pick((0.5, 1.0), FEATURES), self.pick((1.0, 2.0), FEATURES)
+        settings[:, 5], settings[:, 6] = weights[:FEATURES].float().sum(-1), self.pick((-1.0, 0.01), FEATURES)
+        codes = self.pick((0.0, 1.0, 2.0), ROWS * FEATURES).view(ROWS, FEATURES)
+        codes[0], codes[1, :-1], codes[1, -1] = 0, 0, 2
+        values = self.randn(ROWS, FEATURES)
+        return {"rows": self.rows(), "sae": weights, "sae_set": settings, "sae_clamp": torch.cat([codes, values], 1)}
 
 
 def site_args(

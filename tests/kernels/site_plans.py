@@ -98,7 +98,7 @@ def run_args(setup: Setup, plan: Plan, tables: TableSet, edit: Edit, tokens: int
         )
     if "choice" in given:
         given["capture_rows"] = tables.chosen.narrow(0, 0, tokens)
-    if given.keys() & {"table", "rowprobe", "clamp"}:
+    if given.keys() & {"table", "rowprobe", "clamp", "sae"}:
         given["rows"] = tables.rows.narrow(0, 0, tokens)
     if "table" in given:
         given["scale"] = tables.scale

@@ -13,25 +13,26 @@ from torch import Tensor
 from steer_compile import Clamp, Handle, HookSelection, Monitor, Patch, Runtime, Steering, SteerSpec
 from steer_compile.errors import SiteNotFound, SpecError, SteerError, VectorError
 from steer_compile.ir import DECODE, GAIN, Bank, Plan, SiteTable
+from steer_compile.kernels.sae_delta import NO_FEATURE
 from steer_compile.runtime.vectors import PHASES
-from steer_compile.spec import NEEDS, OP_FAMILIES, RESERVED_ROWS
-
-WIDTH, LAYERS, ROWS, CLAMPS, TOKENS, SEQUENCES, UNITS, PATCHES = 4, 2, 6, 3, 16, 9, 3, 5
-LENGTH = RESERVED_ROWS + ROWS
-SITES = tuple(("post_block", n) for n in range(LAYERS))
-SITE = SITES[0]
-FREE = [-math.inf, math.inf, 0.0]
-SHAPES = {
-    "patch": [("patch", WIDTH, PATCHES + 1), ("patch_alpha", WIDTH, PATCHES + 1), ("patch_slot", 1, TOKENS)],
-    "add": [("table", WIDTH, LENGTH)],
-    "tier": [("tier", WIDTH, 1)],
-    "monitor": [("probe", WIDTH, 1), ("probe_set", 8, 1)],
-    "row_monitor": [("rowprobe", WIDTH, LENGTH), ("rowprobe_set", 8, LENGTH)],
-    "clamp": [("clamp", WIDTH, LENGTH * CLAMPS), ("clamp_set", 3, LENGTH * CLAMPS)],
-    "score": [("score", 2, TOKENS)],
-    "memory": [("state", 2, SEQUENCES + 1)],
-    "mlp": [("mlp", WIDTH, UNITS), ("mlp_set", 2, UNITS)],
-}
+from steer_compile.spec import NEEDS, OP_FAMILIES
+from tests.runtime.bank_shapes import (
+    CLAMPS,
+    FEATURES,
+    FREE,
+    LAYERS,
+    PATCHES,
+    ROWS,
+    SEQUENCES,
+    SHAPES,
+    SITE,
+    SITES,
+    TOKENS,
+    UNITS,
+    WHOLE,
+    WIDTH,
+    tiny,
+)  # fmt: skip
 
 
 def bind(
@@ -52,7 +53,7 @@ def make(ops: tuple[str, ...] = OP_FAMILIES, bound: bool = True) -> Runtime:
     runtime = Runtime(
         SteerSpec(
             steer="post_block", ops=ops, rows=ROWS, max_tokens=TOKENS, clamps=CLAMPS, cross_layer=True,
-            sequences=SEQUENCES, hidden=UNITS, patches=PATCHES,
+            sequences=SEQUENCES, hidden=UNITS, patches=PATCHES, features=FEATURES, sae_features=WHOLE, top_features=4,
         )
     )  # fmt: skip
     return bind(runtime, ops) if bound else runtime
@@ -83,7 +84,7 @@ def state(runtime: Runtime) -> Any:
 
 def test_banks_begin_neutral() -> None:
     tables = make().tables
-    neutral = {"clamp_set": FREE}
+    neutral = {"clamp_set": FREE, "sae_set": NO_FEATURE, "full_set": NO_FEATURE}
     for bank, tensor in zip(tables.banks, tables.tensors, strict=True):
         assert tensor.shape == (LAYERS, bank.length, bank.width)
         line = torch.tensor(neutral.get(bank.kind, [0.0] * bank.width))
@@ -327,6 +328,8 @@ USES: dict[str, Callable[[Runtime], object]] = {
     "monitor": lambda r: r.set_monitor(SITE, axis(0)),
     "row_monitor": lambda r: r.register(Steering(monitors={SITE: Monitor(axis(0))})),
     "clamp": lambda r: r.register(Steering(clamps={SITE: [clamp(0)]})),
+    "sae": lambda r: r.saes.attach("tiny", tiny(), features=[1]),
+    "sae_full": lambda r: r.saes.attach("tiny", tiny(), whole=True),
 }
 ALONE = [op for op in OP_FAMILIES if op not in NEEDS]
 

@@ -11,7 +11,8 @@ from steer_compile import Monitor, Runtime, Steering, SteerSpec
 from steer_compile.errors import SiteNotFound, SpecError, TooManyTokens, VectorError
 from steer_compile.runtime.gates import Hidden
 from steer_compile.spec import OP_FAMILIES
-from tests.runtime.test_families import SEQUENCES, SITE, WIDTH, axis, make, state
+from tests.runtime.bank_shapes import SEQUENCES, SITE, WIDTH
+from tests.runtime.test_families import axis, make, state
 
 USES: dict[str, Callable[[Runtime], object]] = {
     "memory": lambda r: r.set_monitor(SITE, Monitor(axis(0), 1.0, kind="step", low=0.5)),

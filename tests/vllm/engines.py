@@ -74,7 +74,9 @@ def engine(model: Path, spec: SteerSpec | None = None, **options: Any) -> Any:
     gc.collect()
 
     more = {
-        name: options.pop(name) for name in ("vectors", "capture_dir", "controllers", "consumers") if name in options
+        name: options.pop(name)
+        for name in ("vectors", "capture_dir", "controllers", "consumers", "saes")
+        if name in options
     }
     steered = engine_args(spec, **more) if spec is not None else {}
     device = ON_A_GPU if torch.cuda.is_available() else {}

@@ -69,7 +69,7 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _attached(model: Any, config: VllmConfig, settings: Settings) -> SteeredModel:
-    steered = SteeredModel(settings.spec, shape_of(config), torch.get_default_device())
+    steered = SteeredModel(settings.spec, shape_of(config), torch.get_default_device(), settings.saes)
     steered.attach(model)
     runner = runner_v2 if config.use_v2_model_runner else runner_v1
     building(runner.MODULE, runner.WRAPPERS, config, steered, settings)

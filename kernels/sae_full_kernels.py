@@ -1,0 +1,169 @@
+"""Triton code of the full SAE: the opted-in tokens are listed, encoded, chosen among, decoded, and written.
+
+::
+
+    compact   tokens by slot, each slot's filled up to whole tiles; behind them those that need their clamps alone
+    encode    f = features(h W_enc), a matmul of tiles of one slot; persistent, over as many tiles as there are
+    select    TopK: the k-th largest feature, two bits of it a pass; features behind a norm of rows; the largest, to log
+    decode    partial sums of f W_dec over parts of the features; persistent
+    finish    sum of the parts, clamps, norm of rows undone; one program a token
+
+`META` numbers of the list are read on the device by all that follow, so an idle launch is programs that find nothing to
+do. Positive floats order as their bits do, and so the k-th largest is found bit by bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+META = 4
+"""Numbers of the list behind the first tile of each slot: tiles, positions of the tiles, tokens behind them."""
+
+
+@triton.jit(do_not_specialize=["T", "capacity", "room"])
+def compact(
+    rows, row_set, sae_set, order, meta, T, capacity, room, S: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """Lists the first ``capacity`` opted-in tokens. ``order`` (room,): token or -1; ``meta``: see `META`."""
+    lane = tl.arange(0, BT)
+    for start in range(0, room, BT):
+        tl.store(order + start + lane, tl.full([BT], -1, tl.int32), mask=start + lane < room)
+    tl.debug_barrier()
+    filled = 0
+    for kind in range(S + 1):
+        if kind < S:
+            tl.store(meta + kind, filled // BM)
+        taken = 0
+        seen = 0
+        for start in range(0, T, BT):
+            t = start + lane
+            there = t < T
+            row = tl.load(rows + t, mask=there, other=0)
+            slot = tl.load(row_set + row * 4, mask=there, other=0.0).to(tl.int32) - 1
+            opted = there & (slot >= 0)
+            rank = seen + tl.cumsum(opted.to(tl.int32), 0)
+            served = opted & (rank <= capacity)
+            seen += tl.sum(opted.to(tl.int32), 0)
+            mode = tl.load(row_set + row * 4 + 1, mask=there, other=0.0)
+            logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
+            k = tl.load(sae_set + tl.maximum(slot, 0) * 4 + 1, mask=served, other=0.0)
+            dense = (mode == 1) | (k > 0) | (logged > 0)
+            mine = served & tl.where(kind < S, dense & (slot == kind), (dense == 0) & (mode == 2))
+            place = filled + taken + tl.cumsum(mine.to(tl.int32), 0) - 1
+            tl.store(order + place, t, mask=mine)
+            taken += tl.sum(mine.to(tl.int32), 0)
+        if kind < S:
+            filled += (taken + BM - 1) // BM * BM
+        else:
+            tl.store(meta + S, filled // BM)
+            tl.store(meta + S + 1, filled)
+            tl.store(meta + S + 2, taken)
+
+
+@triton.jit
+def far(number, pitch: tl.constexpr):
+    """A place in a tensor of more than 2**31 numbers."""
+    return tl.full((), pitch, tl.int64) * number
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """A matmul of two tiles added to a third; ``ieee`` is in fp32, as the interpreter needs it for bf16."""
+    if PRECISION == "ieee":
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def slot_of(meta, tile, S: tl.constexpr):
+    """Slot of a tile of the list."""
+    slot = 0
+    for s in tl.static_range(1, S):
+        slot += (tile >= tl.load(meta + s)).to(tl.int32)
+    return slot
+
+
+@triton.jit
+def moments(x, within, H: tl.constexpr):
+    """Mean and unbiased deviation of a row."""
+    mean = tl.sum(x, 0) / H
+    centred = tl.where(within, x - mean, 0.0)
+    return mean, tl.sqrt(tl.sum(centred * centred, 0) / tl.maximum(H - 1, 1))
+
+
+@triton.jit
+def features(p, mean, deviation, settings, there):
+    """Features of products by their lines of settings; ``p`` has the features in its last dimension."""
+    bias = tl.load(settings, mask=there, other=0.0)
+    threshold = tl.load(settings + 1, mask=there, other=float("inf"))
+    scale = tl.load(settings + 2, mask=there, other=0.0)
+    magnitude = tl.load(settings + 3, mask=there, other=0.0)
+    factor = tl.load(settings + 4, mask=there, other=0.0)
+    wsum = tl.load(settings + 5, mask=there, other=0.0)
+    eps = tl.load(settings + 6, mask=there, other=-1.0)
+    a = tl.where(eps >= 0, (p - mean * wsum) / tl.where(eps >= 0, deviation + eps, 1.0), p * factor)
+    f = tl.where(a + bias > threshold, tl.maximum(scale * a + magnitude, 0.0), 0.0)
+    return tl.where(a != a, a, f)
+
+
+@triton.jit
+def encode(
+    h, encoder, settings, rows, row_set, sae_set, order, meta, narrow, wide, H: tl.constexpr, F: tl.constexpr,
+    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Features of the listed tokens to ``narrow`` in the tables' dtype, or their products to ``wide`` in fp32."""
+    tiles = tl.load(meta + S)
+    columns = (F + BN - 1) // BN
+    for tile in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
+        group = tile % tiles
+        column = tile // tiles
+        slot = slot_of(meta, group, S)
+        place = group * BM + tl.arange(0, BM)
+        token = tl.load(order + place)
+        there = token >= 0
+        token = tl.maximum(token, 0)
+        f = column * BN + tl.arange(0, BN)
+        line = far(slot, F) + f
+        left = h + token.to(tl.int64)[:, None] * H
+        right = encoder + line[None, :] * H
+        acc = tl.zeros([BM, BN], tl.float32)
+        for start in range(0, H, BK):
+            cols = start + tl.arange(0, BK)
+            if H % BK == 0 and F % BN == 0:
+                a = tl.load(left + cols[None, :], mask=there[:, None], other=0.0)
+                b = tl.load(right + cols[:, None])
+            else:
+                a = tl.load(left + cols[None, :], mask=there[:, None] & (cols < H)[None, :], other=0.0)
+                b = tl.load(right + cols[:, None], mask=(cols[:, None] < H) & (f[None, :] < F), other=0.0)
+            acc = product(a.to(b.dtype), b, acc, PRECISION)
+        target = place.to(tl.int64)[:, None] * F + f[None, :]
+        inside = there[:, None] & (f < F)[None, :]
+        row = tl.load(rows + token)
+        logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
+        if normalises(settings, slot, F):
+            tl.store(wide + target, acc, mask=inside)
+        else:
+            found = _features_of_tile(acc, settings + line[None, :] * 8, (f < F)[None, :])
+            tl.store(narrow + target, found.to(narrow.dtype.element_ty), mask=inside)
+            if (tl.load(sae_set + slot * 4 + 1) > 0) | (tl.max(logged, 0) > 0):
+                tl.store(wide + target, found, mask=inside)
+
+
+@triton.jit
+def normalises(settings, slot, F: tl.constexpr):
+    """Whether an autoencoder normalises rows: its products become features in `select` only."""
+    return tl.load(settings + far(slot, F) * 8 + 6) >= 0
+
+
+@triton.jit
+def _features_of_tile(p, lines, there):
+    """`features` without a norm of rows, of three numbers a column: registers hold each of them for every column."""
+    factor = tl.load(lines + 4, mask=there, other=1.0)
+    limit = (tl.load(lines + 1, mask=there, other=float("inf")) - tl.load(lines, mask=there, other=0.0)) / factor
+    gain = tl.load(lines + 2, mask=there, other=0.0) * factor
+    magnitude = tl.load(lines + 3, mask=there, other=0.0)
+    f = tl.where(p > limit, tl.maximum(gain * p + magnitude, 0.0), 0.0)
+    return tl.where(p != p, p, f)
