@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,15 @@ class _Step(torch.autograd.Function):
         return None, -(1 / BANDWIDTH) * torch.where(near, grad, 0.0).sum(0)
 
 
+jump: Any = _Jump.apply
+step: Any = _Step.apply
+
+
 class Training(nn.Module):
     """Weights of an autoencoder and the loss of a batch. Decoder rows have norm 1 after each step."""
+
+    silent: Tensor
+    """Rows since each feature was last active (features,)."""
 
     def __init__(self, recipe: Recipe, mean: Tensor) -> None:
         """``mean``: of the scaled rows (width,), where the decoder's bias begins."""
@@ -117,7 +124,7 @@ class Training(nn.Module):
 
     def dead(self) -> Tensor:
         """Features that count as dead (features,)."""
-        return cast(Tensor, self.silent) > DEAD_AFTER
+        return self.silent > DEAD_AFTER
 
 
 class JumpReLUTraining(Training):
@@ -131,11 +138,10 @@ class JumpReLUTraining(Training):
 
     def loss(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
         pre, threshold = (x @ self.W_enc + self.b_enc).relu(), self.log_threshold.exp()
-        f: Any = _Jump.apply(pre, threshold)
-        count: Any = _Step.apply(pre, threshold)
+        f = jump(pre, threshold)
         error = (x - f @ self.W_dec - self.b_dec).square().sum(1).mean()
         penalty = self.recipe.l0_penalty * min(1.0, 5 * progress)
-        return error + penalty * count.sum(1).mean(), error, f
+        return error + penalty * step(pre, threshold).sum(1).mean(), error, f
 
     def result(self, scale: float) -> SAE:
         return stored(self, scale, False)
@@ -204,19 +210,19 @@ def fit(kind: type[Training], recipe: Recipe, rows: RowDataset, site: SiteKey, n
     made = kind(recipe, scale * sample.mean(0))
     optimizer = torch.optim.Adam(made.parameters(), lr=recipe.lr, betas=(0.9, 0.999))
     curve: list[dict[str, float]] = []
-    for step, batch in enumerate(batches(rows, recipe.batch, recipe.steps)):
-        optimizer.param_groups[0]["lr"] = recipe.lr * rate(step, recipe.steps)
-        loss, error, f = made.loss(scale * batch, step / recipe.steps)
+    for number, batch in enumerate(batches(rows, recipe.batch, recipe.steps)):
+        optimizer.param_groups[0]["lr"] = recipe.lr * rate(number, recipe.steps)
+        loss, error, f = made.loss(scale * batch, number / recipe.steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         made.before_step()
         torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
         optimizer.step()
         made.after_step(f.detach())
-        if (step + 1) % max(1, recipe.steps // 15) == 0:
+        if (number + 1) % max(1, recipe.steps // 15) == 0:
             curve.append(
                 {
-                    "step": step + 1,
+                    "step": number + 1,
                     "square_error": round(float(error.detach()), 5),
                     "l0": round(float((f > 0).sum(1).float().mean()), 2),
                     "dead_share": round(float(made.dead().float().mean()), 4),

@@ -55,5 +55,5 @@ def byte_losses(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
     """
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits.float()
-    each = functional.cross_entropy(logits.flatten(0, 1), targets.flatten().clamp_min(0), reduction="none")
-    return each[(targets.flatten() >= 0) & (targets.flatten() < 256)]
+    counted = (targets >= 0) & (targets < 256)
+    return functional.cross_entropy(logits[counted], targets[counted], reduction="none")
