@@ -1,6 +1,6 @@
-"""Pictures of the kernel and site tables.
+"""Pictures of the kernel, site and autoencoder tables.
 
-python -m benchmarks.plots     # docs/images/{kernels,decode,sites_1b,sites_8b}.png
+python -m benchmarks.plots     # docs/images/{kernels,decode,sites_1b,sites_8b,sae_reconstruction,sae_doses}.png
 """
 
 from __future__ import annotations
@@ -107,9 +107,75 @@ def plot_sites(model: str, title: str) -> None:
     plt.close(figure)
 
 
+def plot_sae_reconstruction() -> None:
+    """Next-byte loss of the demo model with a site as it is, reconstructed, at its mean, and zeroed."""
+    rows = [r for r in _rows("sae_reconstruction.csv") if r["style"] != "both"]
+    names = list(dict.fromkeys(r["sae"] for r in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.6), sharey=True)
+    kinds = (("plain", "#dddddd"), ("reconstructed", "#2a6f97"), ("mean", "#999999"), ("zeroed", "#555555"))
+    for axis, name in zip(axes, names, strict=True):
+        found = [r for r in rows if r["sae"] == name]
+        for i, (kind, colour) in enumerate(kinds):
+            places = [x + 0.21 * i for x in range(len(found))]
+            bars = axis.bar(places, [float(r[kind]) for r in found], 0.2, label=kind, color=colour)
+            axis.bar_label(bars, fmt="%.2f", fontsize=7)
+        axis.set_xticks([x + 0.31 for x in range(len(found))], [r["style"] for r in found])
+        axis.set_title(f"{name}, {found[0]['site']}", fontsize=10)
+    axes[0].set_ylabel("next-byte loss, nats")
+    axes[0].set_ylim(0, 1.35 * max(float(r[kind]) for r in rows for kind, _ in kinds))  # room for the legend
+    axes[0].legend(loc="upper left", frameon=False, fontsize=8, ncols=2)
+    figure.suptitle("Demo model, held-out passages, one layer's stream replaced")
+    figure.tight_layout()
+    figure.savefig(IMAGES / "sae_reconstruction.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_sae_doses() -> None:
+    """Style of samples, their loss under the plain model, and the loss of passages, by a clamped feature's value."""
+    rows = _rows("sae_doses.csv")
+    (plain,) = [r for r in rows if r["mode"] == "none"]
+    features = list(dict.fromkeys(r["feature_of"] for r in rows if r["mode"] != "none"))
+    panels = (
+        ("style", "style score of 12 samples\n(scripture below 0, code above)"),
+        ("loss_of_text", "loss of the samples under\nthe plain model, nats"),
+        ("loss_code", "loss of code passages, nats"),
+        ("loss_scripture", "loss of scripture passages, nats"),
+    )
+    figure, axes = plt.subplots(
+        len(panels), len(features), figsize=(4.6 * len(features), 10.5), sharey="row", sharex=True
+    )
+    for across, feature in enumerate(features):
+        own = [r for r in rows if r["feature_of"] == feature]
+        for down, (key, label) in enumerate(panels):
+            axis = axes[down][across]
+            for mode, colour, text in (
+                ("delta", "#2a6f97", "error term kept (delta)"),
+                ("reconstruct", "#c1121f", "error term dropped (reconstruct)"),
+            ):
+                found = [r for r in own if r["mode"] == mode]
+                doses, values = [float(r["dose"]) for r in found], [float(r[key]) for r in found]
+                axis.plot(doses, values, marker="o", markersize=4, color=colour, label=text)
+                if key == "style":
+                    spreads = [float(r["style_spread"]) for r in found]
+                    low, high = ([v + sign * s for v, s in zip(values, spreads, strict=True)] for sign in (-1, 1))
+                    axis.fill_between(doses, low, high, color=colour, alpha=0.12, linewidth=0)
+            axis.axhline(float(plain[key]), color="black", linewidth=0.8, linestyle="--", label="no steering")
+            if across == 0:
+                axis.set_ylabel(label, fontsize=9)
+        axes[0][across].set_title(f"feature {own[0]['feature']}, of {feature}", fontsize=10)
+        axes[-1][across].set_xlabel("clamped to, in multiples of its largest activation")
+    axes[1][0].legend(loc="upper left", frameon=False, fontsize=8)
+    figure.suptitle("One feature clamped at every token (JumpReLU autoencoder, layers.3.post_block)")
+    figure.tight_layout()
+    figure.savefig(IMAGES / "sae_doses.png", dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)
     plot_kernels()
     plot_decode()
     plot_sites("1b", "Llama 1B shape, 32 sites")
     plot_sites("8b", "Llama 8B shape, 6 layers, 12 sites")
+    plot_sae_reconstruction()
+    plot_sae_doses()
