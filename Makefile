@@ -3,7 +3,7 @@ SHELL := bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-dynamic demo-vllm test test-vllm coverage lint format clean distclean
+.PHONY: help demo demo-dynamic demo-vllm test test-vllm test-saelens coverage lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,12 +27,17 @@ test: ## lint, types and the fast tests (CPU only)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu and not slow and not vllm"
+	$(BIN)/pytest -m "not gpu and not slow and not vllm and not saelens"
 
 test-vllm: ## the tests in a real vLLM, on the CPU (an environment of its own, .venv-vllm)
 	@scripts/bootstrap.sh test
 	@scripts/bootstrap_vllm.sh
 	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
+
+test-saelens: ## files that SAELens writes, against its own classes (an environment of its own, .venv-saelens)
+	@scripts/bootstrap.sh test
+	@scripts/bootstrap_saelens.sh
+	.venv-saelens/bin/python -m pytest -m saelens tests/saelens
 
 coverage: ## which model architectures of transformers are steered, one line each
 	@scripts/bootstrap.sh hf
@@ -54,4 +59,4 @@ clean: ## remove outputs, caches and build files
 	find steer_compile passes kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well
-	rm -rf .venv .venv-vllm
+	rm -rf .venv .venv-vllm .venv-saelens
