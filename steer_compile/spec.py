@@ -88,7 +88,8 @@ def parse_ops(value: object, where: str) -> tuple[str, ...]:
         raise SpecError(f"{where}: unknown op family {unknown or '()'}; the families are {', '.join(OP_FAMILIES)}")
     for op, needed in NEEDS.items():
         if op in given and not set(needed) & set(given):
-            raise SpecError(f"{where}: the op family {op!r} needs another one; add {' or '.join(map(repr, needed))}")
+            what = "a probe" if "monitor" in needed else "another one"
+            raise SpecError(f"{where}: the op family {op!r} needs {what}; add {' or '.join(map(repr, needed))}")
     return tuple(op for op in OP_FAMILIES if op in given)
 
 
