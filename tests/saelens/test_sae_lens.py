@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer_compile import sae
+from steer_compile import HookSelection, SAESteering, SteerSpec, sae, steer_backend
 from steer_compile.errors import SAEError
 from steer_compile.sae import SAE, FactorNorm, Gated, JumpReLU, LayerNorm, ReLU, TopK
 from tests._models import WIDTH as MODEL_WIDTH
-from tests._models import edited, llama, logits, tokens
+from tests._models import compiled, edited, llama, logits, tokens
 
 pytestmark = [pytest.mark.saelens, pytest.mark.filterwarnings("default")]
 
@@ -179,24 +180,38 @@ def test_what_asks_for_other_mathematics_is_refused(
         sae.load(tmp_path)
 
 
-def test_clamped_feature_against_their_hooks(lens: ModuleType, tmp_path: Path) -> None:
-    """Their features, changed in their decoder with the error term kept, are our delta in an eager model."""
+def test_clamped_features_against_their_hooks(lens: ModuleType, tmp_path: Path) -> None:
+    """Their features, changed in their decoder in an eager model, are ours in an eager and in a compiled one."""
     theirs = made(lens, "JumpReLUSAE", d_in=MODEL_WIDTH, metadata=lens_metadata("blocks.0.hook_resid_post"))
     theirs.save_model(tmp_path)
-    ours, model, ids = sae.load(tmp_path, width=MODEL_WIDTH), llama(), tokens(2, 7)
+    ours, model, ids, site = sae.load(tmp_path, width=MODEL_WIDTH), llama(), tokens(2, 7), ("post_block", 0)
     clamps = [sae.FeatureClamp(5, 3.0), sae.FeatureClamp(11, 2.0, "add", only_if_active=True)]
 
-    def their_edit(h: Tensor) -> Tensor:
-        features = theirs.encode(h)
-        error, changed = h - theirs.decode(features), features.clone()
-        changed[..., 5] = 3.0
-        changed[..., 11] = torch.where(features[..., 11] > 0, features[..., 11] + 2.0, features[..., 11])
-        steered: Tensor = theirs.decode(changed) + error
-        return steered
+    def their_edit(keep_error: bool) -> Callable[[Tensor], Tensor]:
+        def edit(h: Tensor) -> Tensor:
+            features = theirs.encode(h)
+            changed = features.clone()
+            changed[..., 5] = 3.0
+            changed[..., 11] = torch.where(features[..., 11] > 0, features[..., 11] + 2.0, features[..., 11])
+            steered: Tensor = theirs.decode(changed)
+            return steered + (h - theirs.decode(features)) if keep_error else steered
 
-    site = ("post_block", 0)
-    with torch.no_grad(), edited(model, {site: their_edit}):
-        expected = logits(model, ids)
+        return edit
+
+    expected = {}
+    for keep_error in (True, False):
+        with torch.no_grad(), edited(model, {site: their_edit(keep_error)}):
+            expected[keep_error] = logits(model, ids)
+    plain = logits(model, ids)
+    assert all((found - plain).abs().max() > 0.01 for found in expected.values())
     with edited(model, {site: lambda h: sae.steered_delta(h, ours, clamps)}):
-        close(logits(model, ids), expected, 1e-4)
-    assert (expected - logits(model, ids)).abs().max() > 0.01
+        close(logits(model, ids), expected[True], 1e-4)
+    spec = SteerSpec(
+        steer=(HookSelection(*site, ops=("add", "sae", "sae_full")),), max_tokens=64, features=4, sae_features=COUNT
+    )
+    backend = steer_backend(spec)
+    run = compiled(model, backend)
+    backend.runtime.saes.attach("theirs", ours, features=(5, 11), whole=True)
+    for mode, keep_error in (("delta", True), ("keep_error", True), ("reconstruct", False)):
+        with backend.runtime.steer(features=SAESteering("theirs", clamps, mode=mode)):
+            close(logits(run, ids), expected[keep_error], 1e-4)
