@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import records, timing
 from steer_compile.kernels import sae_full_launch
@@ -183,16 +184,11 @@ def full_row(tokens: int, opted: int, features: int, k: int) -> dict[str, Any]:
         row["matmul_tflops"] = round(4e-6 * opted * features * WIDTH / found["matmuls"].median, 1)
     counted = timing.kernels(lambda: sae_full_launch.launch(a), 3)
     row["kernels"] = round(counted.count, 1)
-    names = sorted({n for n in counted.names})
-    if opted == tokens:
-        print({n: counted.names[n] for n in names}, flush=True)
     return row
 
 
 def parts_row(a: SaeFullArgs) -> str:
     """Microseconds of each kernel of one call, by the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
     sae_full_launch.launch(a)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:

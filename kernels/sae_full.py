@@ -82,8 +82,11 @@ def check(a: SaeFullArgs) -> None:
             raise LoweringError(
                 f"{name} of the full SAE op is {tensor.dtype}{list(tensor.shape)}; it takes {wanted}{list(shape)}"
             )
-    if a.rows.dtype != torch.int32 or a.h.dim() != 2:
-        raise LoweringError(f"the full SAE op takes values (T, H) and int32 rows, not {a.h.dim()} dims, {a.rows.dtype}")
+    if a.rows.dtype != torch.int32 or a.h.dim() != 2 or not a.h.is_contiguous():
+        raise LoweringError(
+            f"the full SAE op takes values (T, H) in one piece and int32 rows, not {a.h.dim()} dimensions with strides "
+            f"{a.h.stride()} and {a.rows.dtype}"
+        )
 
 
 def reference(a: SaeFullArgs) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steer_compile.kernels.sae_full_kernels import far, features, moments, product, slot_of
+from steer_compile.kernels.sae_formula import features, moments, move_of
+from steer_compile.kernels.sae_full_kernels import far, product, slot_of
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def decode(
 
 
 @triton.jit
-def _moves(x, mean, deviation, own, chosen, clamps, encoder, decoder, settings, cols, H: tl.constexpr,
+def _moves(x, mean, deviation, own, clamps, encoder, decoder, settings, cols, H: tl.constexpr,
            BLOCK: tl.constexpr, K: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
     """What the row's clamps add in the decoder's space, and whether any of them changes its feature."""
     moved = tl.zeros([BLOCK], tl.float32)
@@ -68,10 +69,7 @@ def _moves(x, mean, deviation, own, chosen, clamps, encoder, decoder, settings, 
                 e = tl.load(encoder + f * H + cols, mask=cols < H, other=0.0)
                 read = x.to(e.dtype).to(tl.float32)
                 now = features(tl.sum(read * e.to(tl.float32), 0), mean, deviation, settings + f * 8, True)
-            acts = (code < 3) | (now > 0)
-            step = tl.where((code == 2) | (code == 4), goal, goal - now)
-            step = tl.where(acts, step, 0.0)
-            step = tl.where((now != now) & acts, now, step)
+            step = move_of(now, code, goal)
             changed = changed | (step != 0).to(tl.int32)
             d = tl.load(decoder + f * H + cols, mask=cols < H, other=0.0)
             moved += step * d.to(tl.float32)
@@ -110,16 +108,16 @@ def finish(
                 for part in range(0, parts):
                     line = far(part * tiles * BM + place, H)
                     y += tl.load(sums + line + cols, mask=within, other=0.0)
-                moved, _ = _moves(x, mean, deviation, narrow + here, first, clamps, encoder + first * H,
+                moved, _ = _moves(x, mean, deviation, narrow + here, clamps, encoder + first * H,
                                   decoder + first * H, lines, cols, H, BLOCK, K, True)  # fmt: skip
                 y = (y + moved) * step + tl.where(normed, mean, 0.0)
                 tl.store(at, y.to(h.dtype.element_ty), mask=within)
             elif mode == 2:
                 if place < filled:
-                    moved, changed = _moves(x, mean, deviation, wide + here, first, clamps, encoder + first * H,
+                    moved, changed = _moves(x, mean, deviation, wide + here, clamps, encoder + first * H,
                                             decoder + first * H, lines, cols, H, BLOCK, K, True)  # fmt: skip
                 else:
-                    moved, changed = _moves(x, mean, deviation, narrow, first, clamps, encoder + first * H,
+                    moved, changed = _moves(x, mean, deviation, narrow, clamps, encoder + first * H,
                                             decoder + first * H, lines, cols, H, BLOCK, K, False)  # fmt: skip
                 if changed > 0:
                     tl.store(at, (x + moved * step).to(h.dtype.element_ty), mask=within)

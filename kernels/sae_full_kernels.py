@@ -4,12 +4,12 @@
 
     compact   tokens by slot, each slot's filled up to whole tiles; behind them those that need their clamps alone
     encode    f = features(h W_enc), a matmul of tiles of one slot; persistent, over as many tiles as there are
-    select    TopK: the k-th largest feature, two bits of it a pass; features behind a norm of rows; the largest, to log
+    select    features behind a norm of rows; TopK: what lies below the k-th largest to 0; the largest, to log
     decode    partial sums of f W_dec over parts of the features; persistent
     finish    sum of the parts, clamps, norm of rows undone; one program a token
 
 `META` numbers of the list are read on the device by all that follow, so an idle launch is programs that find nothing to
-do. Positive floats order as their bits do, and so the k-th largest is found bit by bit.
+do.
 """
 
 from __future__ import annotations
@@ -87,29 +87,6 @@ def slot_of(meta, tile, S: tl.constexpr):
 
 
 @triton.jit
-def moments(x, within, H: tl.constexpr):
-    """Mean and unbiased deviation of a row."""
-    mean = tl.sum(x, 0) / H
-    centred = tl.where(within, x - mean, 0.0)
-    return mean, tl.sqrt(tl.sum(centred * centred, 0) / tl.maximum(H - 1, 1))
-
-
-@triton.jit
-def features(p, mean, deviation, settings, there):
-    """Features of products by their lines of settings; ``p`` has the features in its last dimension."""
-    bias = tl.load(settings, mask=there, other=0.0)
-    threshold = tl.load(settings + 1, mask=there, other=float("inf"))
-    scale = tl.load(settings + 2, mask=there, other=0.0)
-    magnitude = tl.load(settings + 3, mask=there, other=0.0)
-    factor = tl.load(settings + 4, mask=there, other=0.0)
-    wsum = tl.load(settings + 5, mask=there, other=0.0)
-    eps = tl.load(settings + 6, mask=there, other=-1.0)
-    a = tl.where(eps >= 0, (p - mean * wsum) / tl.where(eps >= 0, deviation + eps, 1.0), p * factor)
-    f = tl.where(a + bias > threshold, tl.maximum(scale * a + magnitude, 0.0), 0.0)
-    return tl.where(a != a, a, f)
-
-
-@triton.jit
 def encode(
     h, encoder, settings, rows, row_set, sae_set, order, meta, narrow, wide, H: tl.constexpr, F: tl.constexpr,
     S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,7 +137,7 @@ def normalises(settings, slot, F: tl.constexpr):
 
 @triton.jit
 def _features_of_tile(p, lines, there):
-    """`features` without a norm of rows, of three numbers a column: registers hold each of them for every column."""
+    """Features without a norm of rows, of three numbers a column: registers hold each of them for every column."""
     factor = tl.load(lines + 4, mask=there, other=1.0)
     limit = (tl.load(lines + 1, mask=there, other=float("inf")) - tl.load(lines, mask=there, other=0.0)) / factor
     gain = tl.load(lines + 2, mask=there, other=0.0) * factor

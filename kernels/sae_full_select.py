@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steer_compile.kernels.sae_full_kernels import far, features, moments, normalises, slot_of
+from steer_compile.kernels.sae_formula import features, moments
+from steer_compile.kernels.sae_full_kernels import far, normalises, slot_of
 
 GROUP, LISTED = tl.constexpr(32), tl.constexpr(256)
 

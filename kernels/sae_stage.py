@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SHARED = tl.constexpr("evict_last")
+from steer_compile.kernels.sae_formula import SHARED, features, moments, move_of
+
 FEW_TILE, MANY_TILE = tl.constexpr(8192), tl.constexpr(4096)
 """Most numbers of features that are read at once, for few tokens and for many: registers that a program of the second
 kind takes for features are those of programs beside it, which mostly have none."""
@@ -46,20 +47,10 @@ def listed(ranks, wanted, CP: tl.constexpr):
 @triton.jit
 def settled(p, mean, deviation, code, goal, settings, there):
     """How far each feature of a tile moves the row, of its product ``p``."""
-    bias = tl.load(settings, mask=there, other=0.0, eviction_policy=SHARED)
-    threshold = tl.load(settings + 1, mask=there, other=float("inf"), eviction_policy=SHARED)
-    scale = tl.load(settings + 2, mask=there, other=0.0, eviction_policy=SHARED)
-    magnitude = tl.load(settings + 3, mask=there, other=0.0, eviction_policy=SHARED)
-    factor = tl.load(settings + 4, mask=there, other=0.0, eviction_policy=SHARED)
-    wsum = tl.load(settings + 5, mask=there, other=0.0, eviction_policy=SHARED)
+    f = features(p, mean, deviation, settings, there)
     eps = tl.load(settings + 6, mask=there, other=-1.0, eviction_policy=SHARED)
     step = tl.load(settings + 7, mask=there, other=0.0, eviction_policy=SHARED)
-    a = tl.where(eps >= 0, (p - mean * wsum) / tl.where(eps >= 0, deviation + eps, 1.0), p * factor)
-    f = tl.where(a + bias > threshold, tl.maximum(scale * a + magnitude, 0.0), 0.0)
-    f = tl.where(a != a, a, f)
-    acts = (code > 0) & ((code < 3) | (f > 0))
-    changed = tl.where((code == 2) | (code == 4), f + goal, goal)
-    return tl.where(acts, (changed - f) * tl.where(eps >= 0, deviation, step), 0.0)
+    return move_of(f, code, goal) * tl.where(eps >= 0, deviation, step)
 
 
 @triton.jit
@@ -80,9 +71,7 @@ def steered_by_features(x, codes, sae, sae_set, sae_clamp, r, factor, cols, H: t
     """
     TILE: tl.constexpr = FEW_TILE if FEW else MANY_TILE
     FT: tl.constexpr = 1 if BLOCK > TILE else TILE // BLOCK if TILE // BLOCK < CP else CP
-    mean = tl.sum(x, 0) / H
-    centred = tl.where(cols < H, x - mean, 0.0)
-    deviation = tl.sqrt(tl.sum(centred * centred, 0) / tl.maximum(H - 1, 1))
+    mean, deviation = moments(x, cols < H, H)
     out = x
     line = sae_clamp + tl.full((), 2 * C, tl.int64) * r
     count = count_of(codes)

@@ -281,23 +281,19 @@ def _finish(
 
 
 @triton.jit
-def row_of(
-    t, tensors, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    MOST: tl.constexpr, STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr,
-    BRANCH_OFFSET: tl.constexpr, BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
+def site_row(
+    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
+    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
+    normed, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Token t, its row in registers. With FEW, all loads come first; else what is off is not loaded.
-
-    A token with more than MOST clamped features is left to another program.
-    """
-    (h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode,
-     probe, probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias,
-     out, normed) = tensors  # fmt: skip
+    """One token, its row in registers. With FEW, all loads come first; else what is off is not loaded."""
     dtype: tl.constexpr = h.dtype.element_ty
     GATED: tl.constexpr = ((MONITOR | ROW_MONITOR) & STAGES) != 0
     KP: tl.constexpr = 1 if K < 2 else 2 if K < 3 else 4 if K < 5 else 8 if K < 9 else 16
     FIRST: tl.constexpr = (FEW & STAGES) != 0
+    t = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     at = tl.full((), H, tl.int64) * t  # may be beyond 2**31
     r = read_number(rows + t) if (ADD | ROW_MONITOR | CLAMP | SAE) & STAGES else 0
@@ -326,26 +322,4 @@ def row_of(
     loads = d, tier_gain, strength, vector, monitors, factors, low, high, pull, directions, codes, p, q, v, w
     late = (capture, table, tier, probe, rowprobe, clamp, clamp_set, sae, sae_set, sae_clamp, score, weight, bias,
             out + at, normed + at)  # fmt: skip
-    if (SAE & STAGES) and MOST < C:
-        if count_of(codes) <= MOST:
-            _finish(x, loads, late, t, r, place, cols, H, BLOCK, K, C, CP, STAGES, NORM, EPS, OFFSET)
-    else:
-        _finish(x, loads, late, t, r, place, cols, H, BLOCK, K, C, CP, STAGES, NORM, EPS, OFFSET)
-
-
-@triton.jit
-def site_row(
-    h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode, probe,
-    probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias, out,
-    normed, H: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    STAGES: tl.constexpr, BRANCH_NORM: tl.constexpr, BRANCH_EPS: tl.constexpr, BRANCH_OFFSET: tl.constexpr,
-    BRANCH_SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """One program for each token."""
-    tensors = (
-        h, branch, branch_weight, branch_bias, capture, capture_rows, choice, rows, table, scale, tier, gain, decode,
-        probe, probe_set, rowprobe, rowprobe_set, clamp, clamp_set, sae, sae_set, sae_clamp, gates, score, weight, bias,
-        out, normed,
-    )  # fmt: skip
-    row_of(tl.program_id(0), tensors, H, BLOCK, K, C, CP, C, STAGES, BRANCH_NORM, BRANCH_EPS, BRANCH_OFFSET,
-           BRANCH_SCALE, NORM, EPS, OFFSET)  # fmt: skip
+    _finish(x, loads, late, t, r, place, cols, H, BLOCK, K, C, CP, STAGES, NORM, EPS, OFFSET)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from steer_compile.kernels.gate_kernels import gates_in_front, read_number
+from steer_compile.kernels.sae_formula import SHARED
 from steer_compile.kernels.sae_stage import (
-    SHARED,
     count_of,
     listed,
     ranks_of,

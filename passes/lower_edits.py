@@ -24,7 +24,7 @@ from torch import fx
 
 from steer_compile import torch_compat
 from steer_compile.errors import LoweringError
-from steer_compile.ir import FULL, Edit, Fusion, Norm, Plan, Site, dtype_text
+from steer_compile.ir import Edit, Fusion, Norm, Plan, Site, dtype_text
 from steer_compile.kernels.site_costs import site_costs
 from steer_compile.kernels.site_launch import MAX_CLAMPS, MAX_ROW, MAX_WIDTH
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, is_inplace, op_name, same_dims
@@ -72,7 +72,7 @@ _APART = {True: "gates for the sites behind are plain operators", False: "decodi
 
 def _is_apart(edit: Edit) -> bool:
     """Whether an edit is neither plain operators at its value nor part of the template."""
-    return edit.detects or bool(FULL & set(edit.ops))
+    return edit.detects or edit.decodes
 
 
 def _gated(plan: Plan, nodes: Mapping[str, fx.Node], flow: Dataflow) -> Plan:
@@ -82,7 +82,7 @@ def _gated(plan: Plan, nodes: Mapping[str, fx.Node], flow: Dataflow) -> Plan:
     first = min((places[edit] for edit in plan.edits if edit.detects), default=math.inf)
     return replace(plan, edits=tuple(
         replace(edit, gated=True) if not edit.detects and edit.ops != ("capture",)
-        and not FULL & set(edit.ops) and places[edit] >= first else edit
+        and not edit.decodes and places[edit] >= first else edit
         for edit in plan.edits
     ))  # fmt: skip
 
@@ -214,7 +214,7 @@ class _Choice:
         edited = {edit.site.node for edit in self.plan.edits}
         if len(found) != 1 or site.users is not None or found[0].node in edited:
             return None
-        if any(FULL & set(edit.ops) and edit.site.node == value.name for edit in self.plan.edits):
+        if any(edit.decodes and edit.site.node == value.name for edit in self.plan.edits):
             return None  # what the norm reads is made behind the template
         if any(_quantises(reader) for reader in self.nodes[found[0].node].users):
             return None  # the compiler writes norm and quantisation in one kernel, or the engine has one for both

@@ -153,7 +153,7 @@ def _order(edit: Edit) -> tuple[int, int, int]:
     return (
         edit.site.layer,
         rank,
-        0 if "capture" in edit.ops else 1 if edit.detects else 3 if FULL & set(edit.ops) else 2,
+        0 if "capture" in edit.ops else 1 if edit.detects else 3 if edit.decodes else 2,
     )
 
 

@@ -115,7 +115,7 @@ class _Splicer:
                 self._detect(edit, value)
             elif edit.lowering == "template":
                 self._template(edit, value)
-            elif "sae_full" in edit.ops:
+            elif edit.decodes:
                 _decode(self, edit, value)
             elif "capture" in edit.ops:
                 self._capture(edit, value)
@@ -298,7 +298,7 @@ def _decode(splicer: _Splicer, edit: Edit, value: fx.Node) -> None:
     for source, group in splicer._sources(edit.site, value).items():
         total = splicer._unrounded(source, group)
         h: Any = splicer._proxy(source if total is None else total)
-        work = h.reshape(-1, edit.site.width).clone()
+        work = h.reshape(-1, edit.site.width).clone(memory_format=torch.contiguous_format)
         rows = splicer._proxy(splicer.buffers.per_token(ROWS, edit.site, h, flat=False)).reshape(-1)
         args = SaeFullArgs(h=work, rows=rows, **own, capacity=splicer.plan.sae_tokens)
         given = tuple(a.node if isinstance(a, fx.Proxy) else a for a in args)

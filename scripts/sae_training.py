@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ jump: Any = _Jump.apply
 step: Any = _Step.apply
 
 
-class Training(nn.Module):
+class Training(nn.Module, ABC):
     """Weights of an autoencoder and the loss of a batch. Decoder rows have norm 1 after each step."""
 
     silent: Tensor
@@ -101,13 +102,13 @@ class Training(nn.Module):
         self.b_dec = nn.Parameter(mean.clone())
         self.register_buffer("silent", torch.zeros(recipe.features))
 
+    @abstractmethod
     def loss(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, square error of a row, and features of rows x (n, width); ``progress`` from 0 to 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self, scale: float) -> SAE:
         """The autoencoder of unscaled rows; ``scale``: what rows were multiplied by."""
-        raise NotImplementedError
 
     def after_step(self, features: Tensor) -> None:
         """Decoder rows back to norm 1, and the count of rows since each feature was last active."""

@@ -312,6 +312,11 @@ class Edit:
     detects: bool = False
     gated: bool = False
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it decodes values from features, behind all other edits at its value."""
+        return bool(FULL & set(self.ops))
+
     def slot(self, kind: str) -> Slot:
         """The slot of a kind; KeyError where the edit has none."""
         for slot in self.slots:

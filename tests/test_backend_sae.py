@@ -155,6 +155,8 @@ def test_several_autoencoders_share_a_site() -> None:
 
 REFUSED: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "no features": (lambda s: s.attach("x", tiny()), SAEError, "nothing of 'x' would be loaded"),
+    "no list": (lambda s: s.attach("x", tiny(), 5), SAEError, "features=5 of 'x' is no list"),
+    "a text": (lambda s: s.attach("x", tiny(), "12"), SAEError, "features='12' of 'x' is no list"),
     "a taken name": (lambda s: s.attach("bridge", tiny(), [1]), SAEError, "'bridge' of an autoencoder is taken"),
     "out of range": (lambda s: s.attach("x", tiny(), [40]), SAEError, "no feature 40; its features are 0 to 39"),
     "twice": (lambda s: s.attach("x", tiny(), [1, 1]), SAEError, "given twice"),
@@ -191,6 +193,17 @@ def test_another_width_is_refused() -> None:
     with pytest.raises(VectorError, match=r"layers.0.post_block has 34 numbers but the site is 32 wide"):
         backend.runtime.saes.attach("wide", wide, features=[1])
     assert not backend.runtime.saes.attached
+
+
+def test_what_is_no_clamp_is_refused_where_it_is_made() -> None:
+    for wrong in (5, "3", [3], [None]):
+        with pytest.raises(SAEError, match=r"holds a \w+; give FeatureClamp"):
+            SAESteering("bridge", wrong)  # type: ignore[arg-type]
+    with pytest.raises(SAEError, match="only_if_active='no'; give true or false"):
+        FeatureClamp(3, 1.0, only_if_active="no")  # type: ignore[arg-type]
+    with pytest.raises(SAEError, match="log='yes'; give true or false"):
+        SAESteering("bridge", CLAMPS, log="yes")  # type: ignore[arg-type]
+    assert SAESteering("bridge", CLAMPS[0]).clamps == CLAMPS[:1]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +310,50 @@ def test_a_call_with_too_many_decoded_tokens_is_refused_and_changes_nothing() ->
     runtime.set_global(features=[SAESteering("whole", mode="log", phase="prefill")])
     with pytest.raises(TooManyTokens, match="12 tokens"):
         logits(run, ids)
+
+
+def test_everyones_clamps_of_a_whole_autoencoder_stay_beside_a_requests() -> None:
+    model, ids, made = llama(), tokens(2, 5), tiny(TopK(8))
+    run, backend = built(model, "eager", *FULL, **ROOM)
+    backend.runtime.saes.attach("whole", made, whole=True)
+    shared, own = FeatureClamp(3, 5.0), FeatureClamp(8, -4.0, "add")
+
+    def edit(h: Tensor) -> Tensor:
+        both = sae.steered_reconstruction(h, made, [shared, own], keep_error=True)
+        return torch.stack([both[0], sae.steered_reconstruction(h, made, [shared], keep_error=True)[1]])
+
+    with edited(model, {SITE: edit}):
+        expected = logits(model, ids)
+    backend.runtime.set_global(features=[SAESteering("whole", [shared])])
+    with backend.runtime.steer(rows=[Steering(features=SAESteering("whole", [own])), None]):
+        close(logits(run, ids), expected)
+    with pytest.raises(SAEError, match="decoded by 'whole' and by 'whole' in one phase, or with and without"):
+        backend.runtime.register(Steering(features=SAESteering("whole", [own], mode="reconstruct")))
+
+
+def test_a_refused_call_begins_no_sink() -> None:
+    run, backend = built(llama(), "eager", *FULL, capture=("post_block",), **{**ROOM, "sae_tokens": 8})
+    runtime, ids, begun = backend.runtime, tokens(2, 6), list[Any]()
+    runtime.saes.attach("whole", tiny(TopK(4)), whole=True)
+    logits(run, ids)
+
+    class Watch:
+        demand = None
+
+        def begin(self, *given: Any) -> None:
+            begun.append(given)
+
+        def take(self, *given: Any) -> None:
+            pass
+
+    runtime.sinks.append(Watch())  # type: ignore[arg-type]
+    runtime.set_global(features=[SAESteering("whole", mode="reconstruct")])
+    with pytest.raises(TooManyTokens):
+        logits(run, ids)
+    assert not begun
+    runtime.clear_global()
+    logits(run, ids)
+    assert len(begun) == 1
 
 
 def test_largest_features_of_each_token_are_logged() -> None:

@@ -48,6 +48,7 @@ BEHIND_A_DOOR = (
     "kernels/site_kernels.py",
     "kernels/site_wide.py",
     "kernels/gate_kernels.py",
+    "kernels/sae_formula.py",
     "kernels/sae_full_decode.py",
     "kernels/sae_full_kernels.py",
     "kernels/sae_full_launch.py",

@@ -164,8 +164,6 @@ class Calls(Registry):
         chosen = choose(step, demands, self._spec.capture_rows) if demands else None
         self.phases, self._step = phases, step
         self._begin(step)
-        for sink in self.sinks:
-            sink.begin(step, self._batches[-1].names_of(batch), self.calls)
         plans, selective = self._plans(batch)
         padded = self.phases.prompts is not None and step.phase == "prefill"
         moving = padded or selective
@@ -180,6 +178,8 @@ class Calls(Registry):
                 raise
             self.tables.index(rows)
             self._index_key = key
+        for sink in self.sinks:
+            sink.begin(step, self._batches[-1].names_of(batch), self.calls)
         self.sites.before_call(batch, length, step.phase == "decode")
         self.patches.before_call(step)
         self.packed.write(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -50,8 +50,12 @@ class SAESteering:
     log: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "clamps", tuple(self.clamps))
         where = f"steering by the autoencoder {self.sae!r}"
+        given: object = self.clamps
+        items = (given,) if isinstance(given, FeatureClamp) or not isinstance(given, Iterable) else tuple(given)
+        object.__setattr__(self, "clamps", items)
+        if not isinstance(self.log, bool):
+            raise SAEError(f"{where} has log={self.log!r}; give true or false")
         if not isinstance(self.sae, str) or not self.sae:
             raise SAEError(f"{self.sae!r} is no name of an autoencoder; give the text under which it is attached")
         for what, value, known in (("mode", self.mode, MODES), ("phase", self.phase, (*PHASES, "both"))):
@@ -119,6 +123,10 @@ class Decoding:
     sae: str
     clamps: tuple[SlotClamp, ...] = ()
 
+    def goes_with(self, other: Decoding) -> bool:
+        """Whether a row can hold both: the same autoencoder, and not with and without the error term."""
+        return self.slot == other.slot and (self.mode == other.mode or not (self.mode and other.mode))
+
 
 Slots: TypeAlias = tuple[tuple[SiteKey, tuple[SlotClamp, ...]], ...]
 Decodings: TypeAlias = tuple[tuple[SiteKey, Decoding], ...]
@@ -161,13 +169,23 @@ class Features:
         return repr((sorted(self.clamps), sorted(self.decodings, key=lambda item: item[0]))) if self else ""
 
     def yielding(self, own: Features) -> Features:
-        """What is left of these beside ``own``, which comes first: clamps of other features, values that it does not
-        decode."""
-        taken = {(site, clamp.slot) for site, each in own.clamps for clamp in each}
-        kept = ((site, tuple(c for c in each if (site, c.slot) not in taken)) for site, each in self.clamps)
-        decoded = dict(own.decodings)
-        return Features(tuple((site, each) for site, each in kept if each),
-                        tuple((site, one) for site, one in self.decodings if site not in decoded))  # fmt: skip
+        """What is left of these beside ``own``, which comes first: clamps of other features, and decodings that go with
+        its own."""
+        clamps, decodings = dict(own.clamps), dict(own.decodings)
+        kept = ((site, _others(each, clamps.get(site, ()))) for site, each in self.clamps)
+        beside = ((site, one, decodings.get(site)) for site, one in self.decodings)
+        return Features(
+            tuple((site, each) for site, each in kept if each),
+            tuple(
+                (site, one if then is None else replace(one, clamps=_others(one.clamps, then.clamps)))
+                for site, one, then in beside
+                if then is None or one.goes_with(then)
+            ),
+        )
+
+    def check_apart(self, own: Features) -> None:
+        """Raise `SAEError` where both clamp one feature, or decode a site's values differently."""
+        _ = self + own
 
     def to_data(self) -> list[Any]:
         """Plain data, in pieces that cross processes."""
@@ -194,7 +212,8 @@ class Features:
             if len(one.clamps) > most:
                 raise TableFull(
                     f"{len(one.clamps)} features of {one.sae!r} are clamped at layers.{layer}.{hook}, global ones "
-                    f"included, but the spec has features={most}; raise it and compile again, or give fewer"
+                    f"included, and there is room for {most}; raise features in the spec and compile again, or give "
+                    "fewer"
                 )
 
     def lines(self, most: int) -> dict[str, dict[SiteKey, torch.Tensor]]:
@@ -217,8 +236,13 @@ def _joined(site: SiteKey, first: Sequence[SlotClamp], then: Sequence[SlotClamp]
     return (*first, *then)
 
 
+def _others(clamps: Sequence[SlotClamp], own: Sequence[SlotClamp]) -> tuple[SlotClamp, ...]:
+    taken = {clamp.slot for clamp in own}
+    return tuple(clamp for clamp in clamps if clamp.slot not in taken)
+
+
 def _decoded(site: SiteKey, first: Decoding, then: Decoding) -> Decoding:
-    if first.slot != then.slot or (first.mode != then.mode and first.mode and then.mode):
+    if not first.goes_with(then):
         raise SAEError(
             f"the values of layers.{site[1]}.{site[0]} are decoded by {first.sae!r} and by {then.sae!r} in one phase, "
             "or with and without the error term; give one autoencoder and one mode for each site"

@@ -46,7 +46,7 @@ class RowStore:
         """
         rows = [(phase, held) for (phase, _), held in self._contents.items()] if own is None else list(own.items())
         for phase, held in rows:
-            everyone[phase].features + held.features
+            everyone[phase].features.check_apart(held.features)
 
     def users(self, sae: str) -> int:
         """Rows that use an autoencoder, those of everyone included."""

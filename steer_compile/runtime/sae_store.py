@@ -193,6 +193,8 @@ class SAEStore:
         if own is None or (sae.site is not None and own != sae.site):
             said = f"belongs to {sae.key}, not to {site!r}" if sae.site else "does not say which site it belongs to"
             raise SAEError(f"{sae.source or name}: the autoencoder {said}; give attach(..., site=(hook, layer)) of it")
+        if not isinstance(features, Iterable | None) or isinstance(features, str):
+            raise SAEError(f"features={features!r} of {name!r} is no list; give the numbers of features, or None")
         wanted = tuple(features or ())
         if not wanted and not whole:
             raise SAEError(f"nothing of {name!r} would be loaded; give features=[...] to clamp, or whole=True, or both")

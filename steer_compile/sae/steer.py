@@ -51,6 +51,10 @@ class FeatureClamp:
             )
         if isinstance(self.feature, bool) or not isinstance(self.feature, int) or self.feature < 0:
             raise SAEError(f"{self.feature!r} is no feature; give its index, a whole number from 0 on")
+        if not isinstance(self.only_if_active, bool):
+            raise SAEError(
+                f"the clamp of feature {self.feature} has only_if_active={self.only_if_active!r}; give true or false"
+            )
         object.__setattr__(self, "value", finite(self.value, f"the clamp of feature {self.feature}"))
 
 

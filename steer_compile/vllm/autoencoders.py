@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from steer_compile.errors import SAEError, SpecError
+from steer_compile.errors import SpecError
 from steer_compile.runtime.features import SAESteering
 from steer_compile.runtime.registry import Registry
 from steer_compile.sae.files import load
@@ -79,7 +79,7 @@ def sae_specs(given: object) -> tuple[SAESpec, ...]:
         if not Path(str(item["path"])).exists():
             raise SpecError(f"saes: {name!r} has the path {item['path']}, where nothing is; give a folder or a file")
         features, options = item.get("features") or (), item.get("options") or {}
-        if isinstance(features, str) or not isinstance(options, Mapping) or set(options) - _OPTIONS:
+        if not isinstance(features, list | tuple) or not isinstance(options, Mapping) or set(options) - _OPTIONS:
             raise SpecError(
                 f"saes: {name!r} has features={features!r:.80} and options={options!r:.80}; give a list of numbers, "
                 f"and of {', '.join(sorted(_OPTIONS))}"
@@ -119,6 +119,4 @@ def _clamp(sae: str, given: object) -> FeatureClamp:
     known = {field.name for field in fields(FeatureClamp)}
     if not isinstance(given, Mapping) or set(given) - known or not {"feature", "value"} <= set(given):
         raise SpecError(f"a clamp of {sae!r:.80} is {given!r:.80}; give an object with {', '.join(sorted(known))}")
-    if not isinstance(given.get("only_if_active", False), bool):
-        raise SAEError(f"a clamp of {sae!r:.80} has only_if_active={given['only_if_active']!r}; give true or false")
     return FeatureClamp(**given)

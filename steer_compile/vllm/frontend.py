@@ -28,7 +28,8 @@ from steer_compile.vllm.transport import sent
 MOST_SETS, MOST_NUMBERS = 256, 1 << 28
 """Most named vector sets, and numbers in all of them."""
 _SHARE = 0.5
-"""Of the tables' range for what a request adds; the rest is for what everyone gets, so that no sum overflows."""
+"""Of the tables' range, and of the room for clamps of a whole autoencoder, for what a request adds; the rest is for
+what everyone gets, so that no sum overflows."""
 
 Everyone = Mapping[str, Contents]
 
@@ -126,7 +127,8 @@ class FrontEnd:
         for contents in {contents.digest(): contents for contents in made.values()}.values():
             self._registry.check(contents, _SHARE)
         for phase, contents in made.items():
-            others.get(phase, Contents()).features + contents.features  # raises for a feature that both clamp
+            others.get(phase, Contents()).features.check_apart(contents.features)
+            contents.features.check_room(int(_SHARE * self.settings.spec.features))
         return made
 
     def _capture(self, asked: CaptureAsked) -> CaptureRequest:

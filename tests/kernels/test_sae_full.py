@@ -210,5 +210,7 @@ def test_what_does_not_fit_is_refused() -> None:
     a = packed([tiny(ReLU()), tiny(ReLU(), seed=9)], torch.arange(6))
     with pytest.raises(LoweringError, match=r"decoder of the full SAE op is .*; it takes torch.float32\[96, 24\]"):
         check(a._replace(decoder=a.decoder[:5]))
+    with pytest.raises(LoweringError, match=r"in one piece and int32 rows, not 2 dimensions with strides \(1, 6\)"):
+        check(a._replace(h=a.h.T.contiguous().T))
     with pytest.raises(LoweringError, match="int32 rows"):
         check(a._replace(rows=a.rows.long()))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steer_compile import HookSelection, SAESteering, SteerSpec, sae
-from steer_compile.errors import SAEError, SpecError, UnknownName
+from steer_compile.errors import SAEError, SpecError, TableFull, UnknownName
 from steer_compile.sae import SAE, FeatureClamp, JumpReLU, TopK
 from steer_compile.sae.activation import Activation
 from steer_compile.vllm import engine_args
@@ -162,6 +162,7 @@ def test_bad_requests_are_refused(saes: dict[str, Any], given: Any, kind: type[E
     [
         ({"saes": {"parts": {"path": "/nowhere"}}}, "path /nowhere, where nothing is"),
         ({"saes": {"parts": "x"}}, "give an object with"),
+        ({"saes": {"parts": {"path": ".", "features": 5}}}, "features=5 and options={}; give a list of numbers"),
         ({"saes": {}}, "and no autoencoders; name some in saes"),
         ({"sae_tokens": 9}, "a step may have 256 tokens"),
     ],
@@ -181,6 +182,15 @@ def test_a_race_with_global_features_gives_the_request_its_own() -> None:
     other = SlotClamp(2, 1, 5.0, "parts", 8)
     everyone, own = Features(((site, (shared, other)),)), Features(((site, (mine,)),))
     assert everyone.yielding(own) + own == Features(((site, (other, mine)),))
+
+
+def test_everyone_and_a_request_have_room_for_clamps_of_a_whole_autoencoder(saes: dict[str, Any]) -> None:
+    """A row holds both, and no worker is left with more than it has room for."""
+    some = [FeatureClamp(i, 1.0) for i in range(SPEC.features)]
+    for checked in (front(saes).checked, front(saes).checked_global):
+        with pytest.raises(TableFull, match="5 features of 'whole' .* there is room for 4"):
+            checked(asked("whole", some[:5]))
+        assert checked(asked("whole", some[:4]))
 
 
 def test_plain_steering_of_the_same_content_is_equal() -> None:
