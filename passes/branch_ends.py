@@ -24,7 +24,7 @@ def branch_input(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> fx.Nod
     if not region:
         return None
     inside = set(region)
-    chain = _dominators(flow, fork, region)
+    chain = dominators(flow, fork, region)
     if not chain:
         return None
     first = next((n for n in region if op_name(n) in _PROJECTIONS), None)
@@ -41,7 +41,7 @@ def branch_input(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> fx.Nod
     return result
 
 
-def _dominators(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> list[fx.Node]:
+def dominators(flow: Dataflow, fork: fx.Node, region: list[fx.Node]) -> list[fx.Node]:
     """Values that every path from the fork to the end of the region passes, in order; empty when there is no path."""
     inside = {fork, *region}
     graph = nx.DiGraph()

@@ -14,21 +14,28 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from steer_compile.hooks import MULTI_STREAM_HOOKS
+from steer_compile.hooks import COEFFICIENT_HOOKS, MULTI_STREAM_HOOKS
 from steer_compile.ir import Miss, Site, SiteTable
 from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
 from steer_compile.passes.branch_ends import branch_input
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, op_name, shape_of
 from steer_compile.passes.layout import dims_of, layout_of, permutation, stem_order
-from steer_compile.passes.residual import MIX_OPS, ResidualGraph, Write
+from steer_compile.passes.residual import ResidualGraph, Write
 from steer_compile.passes.segments import Segment, arrival, segments_of
 from steer_compile.passes.spine import find_spine
+from steer_compile.passes.streams import StreamWrite, collapsed, normed, stream_write
 
 _PARALLEL = "the block adds its mixer and its MLP in one write (parallel block); there is no value between them"
 _MULTI = (
-    "the block carries several parallel streams; use mhc_streams_pre_attn, mhc_streams_pre_mlp or mhc_streams_final"
+    "the block carries {} parallel streams, so no single value is the stream there; use mhc_streams_pre_attn, "
+    "mhc_streams_pre_mlp or mhc_streams_final"
 )
-_PARALLEL_STREAMS = {"pre_attn": "mhc_streams_pre_attn", "post_attn": "mhc_streams_pre_mlp"}
+_STREAM_HOOKS = {
+    "attn": ("mhc_streams_pre_attn", "pre_attn", "post_attn", "attn_out", "mhc_attn_post_mix", "mhc_attn_res_mix",
+             "attn_in"),
+    "mlp": ("mhc_streams_pre_mlp", "mlp_in", "mlp_out", "", "mhc_ffn_post_mix", "mhc_ffn_res_mix", ""),
+}  # fmt: skip
+"""Hooks of a branch on parallel streams: streams, mixed input, output twice, weights, map, input behind the norm."""
 
 
 def find_sites(gm: fx.GraphModule, partial: bool = False, cut: range | None = None) -> SiteTable:
@@ -53,11 +60,11 @@ def find_sites(gm: fx.GraphModule, partial: bool = False, cut: range | None = No
             node = homeless.write.node
             reason = f"the mixer branch added at {node.name} belongs to no block, so layers cannot be numbered"
         return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
-    multi = any(_carries_streams(flow, w) for w in spine.writes)
+    parallel = {id(w): parts for w in spine.writes if (parts := stream_write(flow, w)) is not None}
     entry, reason = _stage(flow, spine.writes, blocks, cut) if cut is not None else (None, "")
     if reason:
         return SiteTable(misses=(Miss(None, "*", reason),), partial=partial)
-    builder = _Builder(flow, segments_of(flow, spine.writes, blocks, entry), multi=multi)
+    builder = _Builder(flow, segments_of(flow, spine.writes, blocks, entry), parallel)
     numbers = list(cut) if cut is not None else _numbers(blocks, partial or _begins_at_a_block(flow, blocks))
     if numbers is None:
         reason = (
@@ -67,8 +74,11 @@ def find_sites(gm: fx.GraphModule, partial: bool = False, cut: range | None = No
     if entry is not None:
         builder.stream(numbers[0] - 1, "post_block", entry)
     for number, block in zip(numbers, blocks, strict=True):
-        builder.add_block(number, block)
-    if multi:
+        if parallel:
+            builder.add_streams(number, block)
+        else:
+            builder.add_block(number, block)
+    if parallel:
         builder.final(numbers[-1], blocks[-1])
     for branch in loose:
         builder.misses.append(_loose_miss(branch))
@@ -102,17 +112,6 @@ def _stage(flow: Dataflow, writes: list[Write], blocks: list[Block], cut: range)
     return path[0], ""
 
 
-def _carries_streams(flow: Dataflow, write: Write) -> bool:
-    """Hyper-connections: streams (..., m, H) that are mixed, or receive the outer product of a branch and m weights."""
-    shape = shape_of(write.node) or ()
-    if len(shape) != 4:
-        return False
-    if any(op_name(n) in MIX_OPS for n in write.skip):
-        return True
-    factors = [shape_of(v) or () for b in write.branch if op_name(b) == "mul" for v in flow.inputs[b]]
-    return any(s[-2:-1] == (1,) for s in factors) and any(s[-1:] == (1,) for s in factors)
-
-
 def _begins_at_a_block(flow: Dataflow, blocks: list[Block]) -> bool:
     """Whether the stream is an argument of a graph of modules without layer indices: one block's own function.
 
@@ -142,11 +141,11 @@ class _Builder:
 
     flow: Dataflow
     segments: dict[int, Segment]
+    parallel: dict[int, StreamWrite] = field(default_factory=dict)
+    """What each write to parallel streams is made of."""
     sites: list[Site] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     order: str = ""
-    multi: bool = False
-    """Whether the stream is several parallel ones, mixed on the skip path."""
 
     def add_block(self, layer: int, block: Block) -> None:
         entry, values = self.segments[id(block.first)], [self.segments[id(b.write)] for b in block.branches]
@@ -208,16 +207,51 @@ class _Builder:
         users = tuple(u.name for u in self.flow.users[end] if u in inside)
         self._site(layer, hook, end, users, ())
 
+    def add_streams(self, layer: int, block: Block) -> None:
+        """A block of parallel streams: the streams in front of each mixing, both ends of the branches, the weights."""
+        written = [(b, self.parallel[id(b.write)]) for b in block.branches if id(b.write) in self.parallel]
+        kinds = {
+            "attn": next(((b, p) for b, p in written if b.mixing), None),
+            "mlp": next(((b, p) for b, p in reversed(written) if not b.mixing), None),
+        }
+        streams = next(iter(self.parallel.values())).streams
+        for hook in ("post_block", *(f"write_{i}" for i in range(len(block.branches)))):
+            self._miss(layer, hook, _MULTI.format(streams), block.last.node)
+        for kind, found in kinds.items():
+            hooks = _STREAM_HOOKS[kind]
+            if found is None:
+                what = "mixes token positions" if kind == "attn" else "is an MLP"
+                for hook in hooks:
+                    self._miss(layer, hook, f"no branch of the block that is placed on the streams {what}", block.last.node)
+                continue
+            branch, parts = found
+            one = collapsed(self.flow, branch.write, parts)
+            behind = normed(self.flow, one, parts) if one is not None and kind == "attn" else None
+            nodes = (branch.write.fork, one, parts.branch, parts.branch, parts.place, parts.mix, behind)
+            for hook, node in zip(hooks, nodes, strict=True):
+                self._part(layer, hook, node, branch.write.node, parts)
+
+    def _part(self, layer: int, hook: str, node: fx.Node | None, write: fx.Node, parts: StreamWrite) -> None:
+        """A hook of a block of parallel streams, where it has a value for each token."""
+        if not hook:
+            return
+        if node is None or not self.flow.is_activation(node):
+            kept = "each stream is kept as it is, so there is no map of them"
+            none = kept if hook.endswith("res_mix") else "no single value of the graph is it"
+            text = none if node is None else f"{node.name} is the same for every token"
+            self._miss(layer, hook, f"{text} (in the write {write.name})", write)
+            return
+        row = (parts.streams, parts.width) if hook in MULTI_STREAM_HOOKS else ()
+        self._site(layer, hook, node, None, (), row)
+
     def final(self, layer: int, block: Block) -> None:
         """The streams behind the last block: a hook of the model, kept under the last layer's number."""
-        self._site(layer, "mhc_streams_final", self.segments[id(block.last)].leaving, None, ())
+        parts = next(iter(self.parallel.values()))
+        leaving = self.segments[id(block.last)].leaving
+        self._site(layer, "mhc_streams_final", leaving, None, (), (parts.streams, parts.width))
 
     def stream(self, layer: int, hook: str, node: fx.Node) -> None:
         """A hook of the stream's own values."""
-        if self.multi and hook not in _PARALLEL_STREAMS:
-            self._miss(layer, hook, _MULTI, node)
-            return
-        hook = _PARALLEL_STREAMS[hook] if self.multi else hook
         skips = tuple(n.name for n in self._skip_readers(node))
         self._site(layer, hook, node, None, skips)
 
@@ -231,11 +265,11 @@ class _Builder:
         return readers
 
     def _site(
-        self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...]
-    ) -> None:
+        self, layer: int, hook: str, node: fx.Node, users: tuple[str, ...] | None, skips: tuple[str, ...],
+        row: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
         dims, dtype = dims_of(node), dtype_of(node)
-        row: tuple[int, ...] = ()
-        layout = layout_of(node, self._order_at(node), hook in MULTI_STREAM_HOOKS)
+        layout = layout_of(node, self._order_at(node), hook in (*MULTI_STREAM_HOOKS, *COEFFICIENT_HOOKS))
         if layout == "streams" and isinstance(dims[-1], int) and isinstance(dims[-2], int):
             row, dims = (dims[-2], dims[-1]), (*dims[:-2], dims[-2] * dims[-1])
         if not layout or dtype is None or not isinstance(dims[-1], int):

@@ -8,6 +8,7 @@ from steer_compile.runtime.gates import Clamp, Monitor
 from steer_compile.runtime.patches import Captured, Patch
 from steer_compile.runtime.runtime import Handle, Runtime
 from steer_compile.runtime.steering import Steering
+from steer_compile.runtime.streams import every_stream, one_stream
 from steer_compile.runtime.vectors import TokenSelection, vector_set
 from steer_compile.spec import HookSelection, SteerSpec
 
@@ -27,6 +28,8 @@ __all__ = [
     "Steering",
     "TokenSelection",
     "__version__",
+    "every_stream",
+    "one_stream",
     "steer_backend",
     "vector_set",
 ]

@@ -13,8 +13,23 @@ mlp_out      output of the MLP branch, as it is added to the stream
 write_i      stream after the i-th write of the block (``write_0``, ``write_1``, ...)
 ===========  =====================================================================
 
-Models with parallel streams (hyper-connections) have ``mhc_streams_pre_attn``, ``mhc_streams_pre_mlp`` and
-``mhc_streams_final`` (once, behind the last block) instead of the stream hooks, ``streams * width`` wide.
+Models with m parallel streams of H numbers (hyper-connections) have these, and no ``post_block`` and ``write_i``:
+
+====================  ========================================================================================
+name                  value
+====================  ========================================================================================
+mhc_streams_pre_attn  streams (m, H) that the attention's mixing reads, m*H wide
+mhc_streams_pre_mlp   streams (m, H) that the MLP's mixing reads
+mhc_streams_final     streams (m, H) behind the last block: a hook of the model, whatever layer is named
+pre_attn, mlp_in      the one stream (H,) that is mixed for the branch, in front of its norm
+attn_in               the same behind the norm
+post_attn, attn_out   output (H,) of the mixer branch, in front of its placing on the streams
+mlp_out               output (H,) of the MLP branch, in front of its placing
+mhc_attn_post_mix     weight of the attention's output on each stream (m,); captured only, as the next three
+mhc_attn_res_mix      map (m, m) of the streams beside the attention: stream k becomes ``sum_j map[j, k] * stream_j``
+mhc_ffn_post_mix      the same of the MLP
+mhc_ffn_res_mix       the same of the MLP
+====================  ========================================================================================
 
 TransformerLens names are accepted by `parse_hook` and mean the same values.
 """
@@ -29,7 +44,9 @@ from steer_compile.errors import SpecError
 STREAM_HOOKS = ("pre_attn", "post_attn", "post_block")
 BRANCH_HOOKS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 MULTI_STREAM_HOOKS = ("mhc_streams_pre_attn", "mhc_streams_pre_mlp", "mhc_streams_final")
-HOOKS = (*STREAM_HOOKS, *BRANCH_HOOKS, *MULTI_STREAM_HOOKS)
+COEFFICIENT_HOOKS = ("mhc_attn_post_mix", "mhc_ffn_post_mix", "mhc_attn_res_mix", "mhc_ffn_res_mix")
+"""Weights by which parallel streams are mixed: they can be captured, and are not steered."""
+HOOKS = (*STREAM_HOOKS, *BRANCH_HOOKS, *MULTI_STREAM_HOOKS, *COEFFICIENT_HOOKS)
 
 _ALIASES = {
     "resid_pre": "pre_attn",

@@ -146,6 +146,8 @@ class SiteTable:
         if layer not in self.layers:
             span = f"layers {self.layers[0]} to {self.layers[-1]}" if self.layers else "no layers"
             return Miss(layer, hook, f"the graph has {span}")
+        if hook.startswith("mhc_") and not any(s.hook.startswith("mhc_") for s in self.sites):
+            return Miss(layer, hook, "the model has one residual stream, and this hook is of parallel ones")
         have = sorted({s.hook for s in self.sites if s.layer == layer})
         return Miss(layer, hook, f"this block has no such value; it has {', '.join(have) or 'none'}")
 

@@ -13,7 +13,7 @@ import tomli_w
 import torch
 
 from steer_compile.errors import SpecError
-from steer_compile.hooks import parse_hook
+from steer_compile.hooks import COEFFICIENT_HOOKS, parse_hook
 
 Layers: TypeAlias = str | tuple[int, ...]
 LayersLike: TypeAlias = str | int | Iterable[int]
@@ -292,6 +292,11 @@ class SteerSpec:
         chosen: dict[object, HookSelection] = {}
         for item in items:
             selection = self._selection(item)
+            if what == "steer" and selection.hook in COEFFICIENT_HOOKS:
+                raise SpecError(
+                    f"{selection.hook} holds weights by which streams are mixed, and is captured only; name it in "
+                    "capture, or steer mhc_streams_pre_attn, mhc_streams_pre_mlp or mhc_streams_final"
+                )
             place = (selection.hook, selection.layers) if what == "steer" else selection.hook
             if place in chosen:
                 raise SpecError(f"{what} names the hook {selection.hook} twice; merge the two layer selections")

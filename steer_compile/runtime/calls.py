@@ -212,7 +212,8 @@ class Calls(Registry):
         for log in list(self._logs):
             log.take({key: values[key] for key in captured}, self.shape, self._continued, self._step)
         for sink in self.sinks:
-            sink.take({key: values[key] for key in captured}, token_ids, not self._scope.partial)
+            rows = {key: values[key].unflatten(-1, self.packed.schemas[key].logical_shape) for key in captured}
+            sink.take(rows, token_ids, not self._scope.partial)
 
     def _take_packed(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
         if self.packed.chosen is None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from steer_compile.errors import SpecError, VectorError
-from steer_compile.hooks import parse_hook, parse_site
+from steer_compile.hooks import MULTI_STREAM_HOOKS, parse_hook, parse_site
 
 SiteKey: TypeAlias = tuple[str, int]
 PHASES = ("prefill", "decode")
@@ -55,7 +55,8 @@ def vector_set(source: object) -> VectorSet:
 
     Args:
         source: ``{hook: {layer: vector}}``, ``{(hook, layer): vector}`` or ``{"layers.3.post_block": vector}``;
-            a vector is a 1-D floating tensor, array or list. None is the empty set.
+            a vector is a 1-D floating tensor, array or list, of parallel streams also (streams, H). None is the empty
+            set.
 
     Raises:
         VectorError: a vector that is not one-dimensional, not floating, or holds NaN or infinity.
@@ -67,7 +68,7 @@ def vector_set(source: object) -> VectorSet:
         raise VectorError(f"vectors are given as {type(source).__name__}; give {{hook: {{layer: vector}}}}")
     by_width: dict[int, list[tuple[SiteKey, torch.Tensor]]] = {}
     for key, value in sorted(by_site(source, "vector").items(), key=lambda item: item[0]):
-        vector = _one_dimensional(_name(key), value)
+        vector = _one_dimensional(_name(key), value, rows=key[0] in MULTI_STREAM_HOOKS)
         by_width.setdefault(vector.numel(), []).append((key, vector))
     blocks = tuple(_block(pairs) for _, pairs in sorted(by_width.items()))
     digest = hashlib.sha256()
@@ -147,7 +148,8 @@ def checked_vector(name: str, value: Any, dtype: torch.dtype = torch.float32) ->
     return tensor
 
 
-def _one_dimensional(name: str, value: Any) -> torch.Tensor:
+def _one_dimensional(name: str, value: Any, rows: bool = False) -> torch.Tensor:
+    """The value as a floating vector; ``rows``: it may be the vectors of parallel streams (streams, H)."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -155,6 +157,8 @@ def _one_dimensional(name: str, value: Any) -> torch.Tensor:
         raise VectorError(text) from error
     if not tensor.dtype.is_floating_point:
         raise VectorError(f"{name} has dtype {tensor.dtype}; give floating-point numbers")
+    if rows and tensor.dim() == 2:
+        tensor = tensor.reshape(-1)
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise VectorError(f"{name} has shape {tuple(tensor.shape)}; give one dimension of the site's width")
     return tensor
