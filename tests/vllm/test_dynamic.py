@@ -190,6 +190,7 @@ def test_actions_of_an_operator_are_checked_when_they_are_applied(models: Path) 
     flush(llm)
 
 
+@pytest.mark.slow
 @pytest.mark.behaviour(81)
 def test_ranks_apply_the_same_and_a_planted_divergence_shows(models: Path) -> None:
     """Two tensor parallel ranks in processes of their own, against one rank of its own process."""

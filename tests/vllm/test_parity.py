@@ -71,7 +71,10 @@ def test_the_transformers_backend_is_steered_as_the_native_model_is(models: Path
 
 
 @pytest.mark.behaviour(82)
-@pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, []), (1, ["ngram"])])
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [(1, []), pytest.param(2, [], marks=pytest.mark.slow), pytest.param(1, ["ngram"], marks=pytest.mark.slow)],
+)
 def test_processes_and_ranks_give_the_same(ranks: int, more: list[str], models: Path) -> None:
     """An engine core of its own, and tensor parallel workers: the site is behind the all-reduce, rows are alike.
 

@@ -18,6 +18,7 @@ from tests.vllm import engines
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("default"),
     pytest.mark.usefixtures("vllm_environment"),
 ]

@@ -14,6 +14,7 @@ from tests.vllm.pipelines import hold_against, run
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("default"),
     pytest.mark.usefixtures("vllm_environment"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs test_two_gpus.py holds more"),
