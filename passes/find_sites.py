@@ -18,7 +18,7 @@ from steer_compile.hooks import COEFFICIENT_HOOKS, MULTI_STREAM_HOOKS
 from steer_compile.ir import Miss, Site, SiteTable
 from steer_compile.passes.blocks import Block, Branch, Term, group_blocks
 from steer_compile.passes.branch_ends import branch_input
-from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, op_name, shape_of
+from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path
 from steer_compile.passes.layout import dims_of, layout_of, permutation, stem_order
 from steer_compile.passes.residual import ResidualGraph, Write
 from steer_compile.passes.segments import Segment, arrival, segments_of
@@ -74,10 +74,7 @@ def find_sites(gm: fx.GraphModule, partial: bool = False, cut: range | None = No
     if entry is not None:
         builder.stream(numbers[0] - 1, "post_block", entry)
     for number, block in zip(numbers, blocks, strict=True):
-        if parallel:
-            builder.add_streams(number, block)
-        else:
-            builder.add_block(number, block)
+        builder.add_block(number, block)
     if parallel:
         builder.final(numbers[-1], blocks[-1])
     for branch in loose:
@@ -148,6 +145,10 @@ class _Builder:
     order: str = ""
 
     def add_block(self, layer: int, block: Block) -> None:
+        """The sites of a block, and a miss for each hook that it does not have."""
+        if self.parallel:
+            self._add_streams(layer, block)
+            return
         entry, values = self.segments[id(block.first)], [self.segments[id(b.write)] for b in block.branches]
         self.stream(layer, "pre_attn", entry.entering)
         leaving = self.segments[id(block.last)].leaving
@@ -207,7 +208,7 @@ class _Builder:
         users = tuple(u.name for u in self.flow.users[end] if u in inside)
         self._site(layer, hook, end, users, ())
 
-    def add_streams(self, layer: int, block: Block) -> None:
+    def _add_streams(self, layer: int, block: Block) -> None:
         """A block of parallel streams: the streams in front of each mixing, both ends of the branches, the weights."""
         written = [(b, self.parallel[id(b.write)]) for b in block.branches if id(b.write) in self.parallel]
         kinds = {
@@ -221,8 +222,8 @@ class _Builder:
             hooks = _STREAM_HOOKS[kind]
             if found is None:
                 what = "mixes token positions" if kind == "attn" else "is an MLP"
-                for hook in hooks:
-                    self._miss(layer, hook, f"no branch of the block that is placed on the streams {what}", block.last.node)
+                for hook in filter(None, hooks):
+                    self._miss(layer, hook, f"no branch that is placed on the streams {what}", block.last.node)
                 continue
             branch, parts = found
             one = collapsed(self.flow, branch.write, parts)

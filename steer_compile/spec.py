@@ -120,6 +120,14 @@ def _flag(name: str, value: object) -> bool:
     return value
 
 
+def _check_steered(hook: str) -> None:
+    if hook in COEFFICIENT_HOOKS:
+        raise SpecError(
+            f"{hook} holds weights by which streams are mixed, and is captured only; name it in capture, or steer "
+            "mhc_streams_pre_attn, mhc_streams_pre_mlp or mhc_streams_final"
+        )
+
+
 def _parse_part(part: str, whole: str) -> list[int]:
     """Numbers of ``7``, ``0-3`` (both ends included) or ``2:8:2`` (as in Python)."""
     span, cut = _SPAN.fullmatch(part), _SLICE.fullmatch(part)
@@ -292,11 +300,8 @@ class SteerSpec:
         chosen: dict[object, HookSelection] = {}
         for item in items:
             selection = self._selection(item)
-            if what == "steer" and selection.hook in COEFFICIENT_HOOKS:
-                raise SpecError(
-                    f"{selection.hook} holds weights by which streams are mixed, and is captured only; name it in "
-                    "capture, or steer mhc_streams_pre_attn, mhc_streams_pre_mlp or mhc_streams_final"
-                )
+            if what == "steer":
+                _check_steered(selection.hook)
             place = (selection.hook, selection.layers) if what == "steer" else selection.hook
             if place in chosen:
                 raise SpecError(f"{what} names the hook {selection.hook} twice; merge the two layer selections")

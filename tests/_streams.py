@@ -62,7 +62,7 @@ def _mixing(name: str, out: Any, kind: str) -> dict[str, Tensor]:
 
 def _again(name: str, out: Any, kind: str, values: Mapping[str, Tensor]) -> Any:
     """The module's result with the values of its hooks replaced."""
-    new = _mixing(name, out, kind) | values
+    new = _mixing(name, out, kind) | dict(values)
     one = new[{"attn": "pre_attn", "ffn": "mlp_in"}[kind]]
     if name == "deepseek_v4":
         return new[f"mhc_{kind}_post_mix"], new[f"mhc_{kind}_res_mix"], one

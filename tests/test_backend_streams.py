@@ -137,7 +137,6 @@ def test_a_vector_of_one_stream_changes_that_stream_alone(name: str, hook: str) 
         SteerSpec(steer=(hook,), capture=HOOKS[:3], max_tokens=32, placement="before_norm"), inner="eager"
     )
     run = compiled(model, backend)
-    seen: dict[int | None, Tensor] = {}
     vector = direction(5, WIDTH, 3.0)
     with backend.runtime.capture() as log:
         plain = logits(run, ids)
@@ -148,10 +147,10 @@ def test_a_vector_of_one_stream_changes_that_stream_alone(name: str, hook: str) 
         def edit(site: Site, value: Tensor, at: int = stream) -> Tensor:
             if site != (hook, layer):
                 return value
-            seen[at] = value.clone()
             lines = value.unflatten(-1, (STREAMS, WIDTH)).clone()
             lines[..., at, :] += vector
-            return lines.flatten(2)
+            flat: Tensor = lines.flatten(2)
+            return flat
 
         with hooked(name, model, edit):
             expected = logits(model, ids)
@@ -239,7 +238,8 @@ def test_a_monitor_reads_one_stream_or_all_and_gates_the_rows(
             return value
         value = value + vector * ((value @ wide) > middle).unsqueeze(-1)
         dot = value @ unit
-        return value + (dot.clamp(max=bound) - dot).unsqueeze(-1) * unit
+        pull: Tensor = (dot.clamp(max=bound) - dot).unsqueeze(-1) * unit
+        return value + pull
 
     with hooked(name, model, edit):
         expected = logits(model, ids)

@@ -40,7 +40,8 @@ SHARED_WITH_SAE = ("capture.rows", "runtime.vectors", "runtime.gates")
 SHARED_WITH_RUNTIME = ("model", "packing", "steer", "checks")
 """What the runtime knows of autoencoders: values, and their numbers as kernels read them."""
 
-SHARED_BY_PASSES = ("buffers", "dataflow", "residual", "spine", "blocks", "segments", "branch_ends", "layout", "norms")
+SHARED_BY_PASSES = ("buffers", "dataflow", "residual", "spine", "blocks", "segments", "branch_ends", "layout", "norms",
+                    "streams")  # fmt: skip
 """Parts of the search for the residual stream: passes import these, and these import no pass."""
 
 BEHIND_A_DOOR = (

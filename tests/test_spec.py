@@ -11,26 +11,27 @@ from hypothesis import strategies as st
 
 from steer_compile import HookSelection, SteerSpec, steer_backend
 from steer_compile.errors import SpecError
-from steer_compile.hooks import BRANCH_HOOKS, HOOKS, is_stream_hook, parse_hook, parse_site
+from steer_compile.hooks import BRANCH_HOOKS, COEFFICIENT_HOOKS, HOOKS, is_stream_hook, parse_hook, parse_site
 from steer_compile.spec import LOWERINGS, NEEDS, OP_FAMILIES, PLACEMENTS, LayersLike, Selections, parse_layers
 
 LAYERS = st.one_of(st.just("all"), st.lists(st.integers(-40, 90), min_size=1, max_size=5, unique=True))
 ALONE = [op for op in OP_FAMILIES if op not in NEEDS]
 FAMILIES = st.lists(st.sampled_from(ALONE), min_size=1, unique=True) | st.just(["score", "row_monitor"])
-NAMES = st.one_of(st.sampled_from(HOOKS), st.integers(0, 12).map(lambda n: f"write_{n}"))
+STEERED = tuple(hook for hook in HOOKS if hook not in COEFFICIENT_HOOKS)
+WRITES = st.integers(0, 12).map(lambda n: f"write_{n}")
 
 
 @st.composite
-def selections(draw: st.DrawFn, least: int) -> list[HookSelection]:
-    names = draw(st.lists(NAMES, min_size=least, max_size=4, unique=True))
+def selections(draw: st.DrawFn, least: int, hooks: tuple[str, ...]) -> list[HookSelection]:
+    names = draw(st.lists(st.sampled_from(hooks) | WRITES, min_size=least, max_size=4, unique=True))
     return [HookSelection(name, draw(LAYERS), draw(FAMILIES)) for name in names]
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> SteerSpec:
-    capture = draw(selections(0))
+    capture = draw(selections(0, HOOKS))
     return SteerSpec(
-        steer=draw(selections(1)),
+        steer=draw(selections(1, STEERED)),
         capture=capture,
         layers=draw(LAYERS),
         rows=draw(st.integers(1, 10**6)),
@@ -120,7 +121,7 @@ def test_layers_of_another_type(given: Any) -> None:
         ("resid_post", "post_block"),
         ("hook_attn_out", "attn_out"),
         ("hook_mlp_out", "mlp_out"),
-        *((hook, hook) for hook in (*HOOKS, "write_0", "write_11")),
+        *((hook, hook) for hook in (*STEERED, "write_0", "write_11")),
     ],
 )
 def test_names_of_transformer_lens(alias: str, hook: str) -> None:

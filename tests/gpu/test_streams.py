@@ -90,7 +90,8 @@ def test_monitors_and_clamps_of_one_stream() -> None:
             return value
         value = value + vector.cuda() * ((value @ probe.cuda()) > middle).unsqueeze(-1)
         dot = value @ unit.cuda()
-        return value + (dot.clamp(max=bound) - dot).unsqueeze(-1) * unit.cuda()
+        pull: Tensor = (dot.clamp(max=bound) - dot).unsqueeze(-1) * unit.cuda()
+        return value + pull
 
     with hooked(name, model, edit):
         expected = logits(model, ids)
