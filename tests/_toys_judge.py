@@ -28,14 +28,6 @@ class Verdict:
         return "partial" if self.found else "refused"
 
 
-STREAM_NAMES = {
-    "mhc_streams_pre_attn": "pre_attn",
-    "mhc_streams_pre_mlp": "post_attn",
-    "mhc_streams_final": "post_block",
-}
-"""Hooks of parallel streams, and the hooks under which the toys record the same values."""
-
-
 def canonical(value: Tensor, layout: str, batch: int) -> Tensor:
     """`value` as (B, T, H) in fp32."""
     if layout == "time_first":
@@ -76,7 +68,7 @@ def _check_site(toy: Toy, site: Site, rights: list[Tensor], values: dict[str, Te
 def _wrong_sites(toy: Toy, table: SiteTable, values: dict[str, Tensor], truth: dict[Key, Tensor]) -> list[str]:
     wrong = []
     for site in table.sites:
-        key = (STREAM_NAMES.get(site.hook, site.hook), site.layer)
+        key = (site.hook, site.layer)
         rights = ([truth[key]] if key in truth else []) + toy.tape.alternatives.get(key, [])
         if rights:
             problem = _check_site(toy, site, rights, values)

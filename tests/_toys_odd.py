@@ -70,12 +70,14 @@ class HyperBlock(Block):
         self.read, self.write = nn.Parameter(torch.full((2, 3), 0.4)), nn.Parameter(torch.full((2, 3), 0.8))
 
     def forward(self, x: Tensor, layer: int) -> Tensor:
-        x = self.tape.at("pre_attn?", layer, x)
-        for j, hooks in enumerate(("write_0? post_attn?", "write_1? post_block?")):
+        x = self.tape.at("mhc_streams_pre_attn?", layer, x)
+        for j, hook in enumerate(("mhc_streams_pre_mlp?", "mhc_streams_final?")):
             h = torch.einsum("btmh,m->bth", x, self.read[j])
-            out = self.feed(self.n2(h), layer) if j else self.attend(self.n1(h), layer)
+            h = self.tape.at("mlp_in?" if j else "pre_attn?", layer, h)
+            out = self.mlp(self.n2(h)) if j else self.attend(self.n1(h), layer)
+            out = self.tape.at("mlp_out?" if j else "post_attn?", layer, out)
             x = torch.einsum("btmh,mn->btnh", x, self.mix[j]) + out.unsqueeze(2) * self.write[j][:, None]
-            x = self.tape.at(hooks, layer, x)
+            x = self.tape.at(hook, layer, x)
         return x
 
 

@@ -191,7 +191,11 @@ def expected_banks(spec: SteerSpec, shape: Shape) -> tuple[Bank, ...]:
             )
     wide = sorted(h for h in hooks if h.startswith("mhc_"))
     if wide:
-        raise SiteNotFound(f"{wide[0]} is of parallel streams, which are not steered in vLLM; choose another hook")
+        raise SiteNotFound(
+            f"{wide[0]} is of parallel streams, and in vLLM these are neither steered nor captured: it runs such "
+            "models without a graph on GPUs, and by operators of its own on CPUs; run the model in plain PyTorch, or "
+            "choose another hook"
+        )
     own = [(hook, n) for hook in sorted(hooks) for n in range(shape.n_layers) if shape.owns((hook, n))]
     sites = [Site(n, hook, "", shape.width, shape.dtype, (), "flat") for hook, n in own]
     return reserve_banks(spec, sites, shape.n_layers)

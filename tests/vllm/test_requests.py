@@ -178,3 +178,10 @@ def test_settings_are_read_as_they_are_written(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no file"):
         engine_args(spec, {"calm": "nowhere.safetensors"})
     assert build() == build() != ""
+
+
+@pytest.mark.parametrize("hook", ["mhc_streams_pre_attn", "mhc_streams_final", "mhc_attn_res_mix"])
+def test_parallel_streams_are_refused_with_the_reason(hook: str) -> None:
+    steered = "steer" if "streams" in hook else "capture"
+    with pytest.raises(SiteNotFound, match=f"{hook} is of parallel streams.*without a graph on GPUs.*plain PyTorch"):
+        FrontEnd(Settings(SteerSpec(**{steered: (hook,)})), Shape(WIDTH, torch.float16, range(4), 4))  # type: ignore[arg-type]
