@@ -128,8 +128,14 @@ def test_edits_at_all_hooks_at_once_with_captures_in_front_of_them(inner: str) -
         close(log[site], value, 2e-3)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("hook", ["mhc_streams_pre_attn", "mhc_streams_pre_mlp", "mhc_streams_final"])
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("deepseek_v4", "mhc_streams_pre_attn"),
+        ("deepseek_v4", "mhc_streams_final"),
+        ("qwen4_exp", "mhc_streams_pre_mlp"),
+    ],
+)
 def test_a_vector_of_one_stream_changes_that_stream_alone(name: str, hook: str) -> None:
     model, ids = MODELS[name](), tokens()
     layer = LAYERS - 1 if hook == "mhc_streams_final" else 1
@@ -206,8 +212,7 @@ def test_a_vector_on_every_stream_is_the_flat_one() -> None:
     assert not torch.allclose(results[0], logits(run, ids), atol=1e-2)
 
 
-@pytest.mark.parametrize("lowering", ["compiler", "template"])
-@pytest.mark.parametrize("stream", [None, 1])
+@pytest.mark.parametrize(("lowering", "stream"), [("compiler", None), ("template", 1)])
 def test_a_monitor_reads_one_stream_or_all_and_gates_the_rows(
     lowering: str, stream: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,8 +261,7 @@ def run_steered(backend: Any, run: Any, ids: Tensor, given: dict[str, Any]) -> T
         return logits(run, ids)
 
 
-@pytest.mark.parametrize("capture_rows", [0, 24])
-@pytest.mark.parametrize("layout", ["per_file", "packed"])
+@pytest.mark.parametrize(("layout", "capture_rows"), [("per_file", 0), ("packed", 24)])
 def test_one_file_mixes_streams_of_bf16_and_weights_of_fp32(tmp_path: Path, layout: str, capture_rows: int) -> None:
     """Each value has its own shape of a row and dtype, and every row its position."""
     model, ids = MODELS["deepseek_v4"]().bfloat16(), tokens()
@@ -281,7 +285,7 @@ def test_one_file_mixes_streams_of_bf16_and_weights_of_fp32(tmp_path: Path, layo
     ):
         for layer in range(LAYERS):
             name, whole = f"layers.{layer}.{hook}", seen[hook, layer]
-            assert described[name] == (str(dtype).removeprefix("torch."), list(shape))
+            assert described[name] == ({torch.bfloat16: "BF16", torch.float32: "F32"}[dtype], list(shape))
             for b, at in enumerate((range(2, 5), range(ids.size(1)))):
                 rows = found[b]
                 assert rows.positions.tolist() == list(at)
@@ -289,14 +293,13 @@ def test_one_file_mixes_streams_of_bf16_and_weights_of_fp32(tmp_path: Path, layo
                 assert torch.equal(rows.values[name], whole[b, list(at)].view(len(at), *shape))
 
 
-@pytest.mark.parametrize("hook", ["post_block", "write_0"])
-def test_a_hook_of_one_stream_says_what_to_use(hook: str) -> None:
-    run = compiled(MODELS["deepseek_v4"](), steer_backend(SteerSpec(steer=(hook,)), inner="eager"))
+def test_a_hook_of_one_stream_says_what_to_use() -> None:
+    run = compiled(MODELS["deepseek_v4"](), steer_backend(SteerSpec(steer=("post_block",)), inner="eager"))
     with pytest.raises(Exception, match="4 parallel streams.*use mhc_streams_pre_attn"):
         logits(run, tokens())
 
 
-@pytest.mark.parametrize("hook", [*HOOKS[:3], *WEIGHTS])
+@pytest.mark.parametrize("hook", ["mhc_streams_pre_attn", "mhc_streams_final", "mhc_ffn_res_mix"])
 def test_on_a_model_with_one_stream_the_hooks_say_so(hook: str) -> None:
     run = compiled(_models.llama(), steer_backend(SteerSpec(capture=(hook,)), inner="eager"))
     with pytest.raises(Exception, match="one residual stream, and this hook is of parallel ones"):
