@@ -13,11 +13,10 @@ import argparse
 import copy
 import gc
 import random
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,6 +188,20 @@ def compare(options: argparse.Namespace, tokens: int, where: dict[str, Any]) -> 
     return found
 
 
+def each_shape(
+    options: argparse.Namespace,
+    where: dict[str, Any],
+    measured: Callable[[argparse.Namespace, int, dict[str, Any]], object],
+) -> None:
+    """Measure one shape after the other, each with nothing left of the one before."""
+    with torch.no_grad():
+        for tokens in options.tokens:
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            measured(options, tokens, where)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -199,16 +212,9 @@ def main() -> None:
     parser.add_argument("--plain-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--calls", type=int, default=10)
-    parser.add_argument("--turns", type=Path, default=Path(tempfile.gettempdir()) / "steer-compile-turns")
-    parser.add_argument("--processes", type=int, default=1, help="processes that build side by side (benchmarks/turns)")
-    parser.add_argument("--patience", type=float, default=400.0, help="seconds to wait for the others")
+    turns.add_options(parser)
     options, where = records.begin(parser)
-    with torch.no_grad():
-        for tokens in options.tokens:
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            compare(options, tokens, where)
+    each_shape(options, where, compare)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ it is built, waits until all are, and then holds a lock while it measures.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +36,10 @@ def turn(folder: Path, processes: int, patience: float) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that takes turns."""
+    parser.add_argument("--turns", type=Path, default=Path(tempfile.gettempdir()) / "steer-compile-turns")
+    parser.add_argument("--processes", type=int, default=1, help="how many build side by side")
+    parser.add_argument("--patience", type=float, default=400.0, help="seconds to wait for the others")

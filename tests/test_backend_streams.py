@@ -177,7 +177,7 @@ def test_a_vector_of_one_stream_changes_that_stream_alone(name: str, hook: str) 
 def test_streams_keep_apart_where_nothing_mixes_them() -> None:
     """In a model whose streams are kept, one stream's vector is found in that stream behind the block and no other."""
     model, ids = MODELS["qwen4_exp"](), tokens()
-    for layer in model.model.layers:  # no branch is placed on streams 0 and 1
+    for layer in model.model.layers:  # each branch is placed on all streams with the weight 1
         for part in (layer.attn_hyper_connection, layer.mlp_hyper_connection):
             part.block_inject_weight.weight.data.zero_()
     backend = steer_backend(SteerSpec(steer=HOOKS[:1], capture=HOOKS[:3], max_tokens=32), inner="eager")
@@ -304,6 +304,12 @@ def test_on_a_model_with_one_stream_the_hooks_say_so(hook: str) -> None:
     run = compiled(_models.llama(), steer_backend(SteerSpec(capture=(hook,)), inner="eager"))
     with pytest.raises(Exception, match="one residual stream, and this hook is of parallel ones"):
         _models.logits(run, _models.tokens())
+
+
+def test_streams_that_are_kept_have_no_map() -> None:
+    run = compiled(MODELS["qwen4_exp"](), steer_backend(SteerSpec(capture=("mhc_attn_res_mix",)), inner="eager"))
+    with pytest.raises(Exception, match="each stream is kept as it is, so there is no map"):
+        logits(run, tokens())
 
 
 @pytest.mark.parametrize("hook", WEIGHTS)

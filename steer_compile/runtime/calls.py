@@ -211,8 +211,10 @@ class Calls(Registry):
         values = self.tables.captured(batch * length) if captured and (self._logs or self.sinks) else {}
         for log in list(self._logs):
             log.take({key: values[key] for key in captured}, self.shape, self._continued, self._step)
+        if not self.sinks:
+            return
+        rows = {key: values[key].unflatten(-1, self.packed.schemas[key].logical_shape) for key in captured}
         for sink in self.sinks:
-            rows = {key: values[key].unflatten(-1, self.packed.schemas[key].logical_shape) for key in captured}
             sink.take(rows, token_ids, not self._scope.partial)
 
     def _take_packed(self, captured: Collection[SiteKey], token_ids: torch.Tensor | None) -> None:
