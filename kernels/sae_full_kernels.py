@@ -17,15 +17,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from steer_compile.kernels.sae_full_keys import GROUP, LISTED, largest_of_groups, picks_of
+
 META = 4
 """Numbers of the list behind the first tile of each slot: tiles, positions of the tiles, tokens behind them."""
 
 
 @triton.jit(do_not_specialize=["T", "capacity", "room"])
 def compact(
-    rows, row_set, sae_set, order, meta, T, capacity, room, S: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr
+    rows, row_set, sae_set, order, meta, T, capacity, room, S: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    ALL: tl.constexpr,
 ):  # fmt: skip
-    """Lists the first ``capacity`` opted-in tokens. ``order`` (room,): token or -1; ``meta``: see `META`."""
+    """Lists the first ``capacity`` opted-in tokens, all of them with ALL, in ``order`` (room,), -1 where there is none.
+    ``meta``: see `META`."""
     lane = tl.arange(0, BT)
     for start in range(0, room, BT):
         tl.store(order + start + lane, tl.full([BT], -1, tl.int32), mask=start + lane < room)
@@ -42,9 +46,10 @@ def compact(
             row = tl.load(rows + t, mask=there, other=0)
             slot = tl.load(row_set + row * 4, mask=there, other=0.0).to(tl.int32) - 1
             opted = there & (slot >= 0)
-            rank = seen + tl.cumsum(opted.to(tl.int32), 0)
-            served = opted & (rank <= capacity)
-            seen += tl.sum(opted.to(tl.int32), 0)
+            served = opted
+            if ALL == 0:
+                served = opted & (seen + tl.cumsum(opted.to(tl.int32), 0) <= capacity)
+                seen += tl.sum(opted.to(tl.int32), 0)
             mode = tl.load(row_set + row * 4 + 1, mask=there, other=0.0)
             logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
             k = tl.load(sae_set + tl.maximum(slot, 0) * 4 + 1, mask=served, other=0.0)
@@ -88,10 +93,14 @@ def slot_of(meta, tile, S: tl.constexpr):
 
 @triton.jit
 def encode(
-    h, encoder, settings, rows, row_set, sae_set, order, meta, narrow, wide, H: tl.constexpr, F: tl.constexpr,
-    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    h, encoder, settings, rows, row_set, sae_set, order, meta, narrow, wide, groups, H: tl.constexpr, F: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Features of the listed tokens to ``narrow`` in the tables' dtype, or their products to ``wide`` in fp32."""
+    """Features of the listed tokens to ``narrow`` in the tables' dtype, or their products to ``wide`` in fp32.
+
+    Features that `select` chooses among are in ``wide``, with the key of each group's largest in ``groups``.
+    """
     tiles = tl.load(meta + S)
     columns = (F + BN - 1) // BN
     for tile in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
@@ -116,17 +125,35 @@ def encode(
                 a = tl.load(left + cols[None, :], mask=there[:, None] & (cols < H)[None, :], other=0.0)
                 b = tl.load(right + cols[:, None], mask=(cols[:, None] < H) & (f[None, :] < F), other=0.0)
             acc = product(a.to(b.dtype), b, acc, PRECISION)
-        target = place.to(tl.int64)[:, None] * F + f[None, :]
-        inside = there[:, None] & (f < F)[None, :]
-        row = tl.load(rows + token)
-        logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
-        if normalises(settings, slot, F):
-            tl.store(wide + target, acc, mask=inside)
-        else:
-            found = _features_of_tile(acc, settings + line[None, :] * 8, (f < F)[None, :])
-            tl.store(narrow + target, found.to(narrow.dtype.element_ty), mask=inside)
-            if (tl.load(sae_set + slot * 4 + 1) > 0) | (tl.max(logged, 0) > 0):
-                tl.store(wide + target, found, mask=inside)
+        ordered = tl.load(sae_set + slot * 4 + 1) > 0
+        if L > 0:
+            logged = tl.load(row_set + tl.load(rows + token) * 4 + 2, mask=there, other=0.0)
+            ordered = ordered | (tl.max(logged, 0) > 0)
+        kinds = normalises(settings, slot, F), ordered, picks_of(sae_set, slot) == 0
+        corner = far(group * BM, F) + column * BN
+        keys = groups + far(group * BM, G + LISTED) + column * (BN // GROUP)
+        lines = settings + (far(slot, F) + column * BN) * 8
+        _store_tile(acc, kinds, narrow + corner, wide + corner, keys, lines, there, F - column * BN, F, G, BM, BN)
+
+
+@triton.jit
+def _store_tile(p, kinds, narrow, wide, groups, lines, there, end, F: tl.constexpr, G: tl.constexpr, BM: tl.constexpr,
+                BN: tl.constexpr):  # fmt: skip
+    """Write a tile of products, or of their features; pointers are those of its corner, ``end`` its features."""
+    normed, ordered, dense = kinds
+    f = tl.arange(0, BN)
+    target = (tl.arange(0, BM) * F)[:, None] + f[None, :]
+    inside = there[:, None] & (f < end)[None, :]
+    found = tl.where(normed, p, _features_of_tile(p, (lines + f * 8)[None, :], (f < end)[None, :]))
+    if dense & (normed == 0):
+        tl.store(narrow + target, found.to(narrow.dtype.element_ty), mask=inside)
+    if ordered | normed:
+        tl.store(wide + target, found, mask=inside)
+    if ordered & (normed == 0):
+        number = tl.arange(0, BN // GROUP)
+        spots = groups + (tl.arange(0, BM) * (G + LISTED))[:, None] + number[None, :]
+        here = there[:, None] & (number * GROUP < end)[None, :]
+        tl.store(spots, largest_of_groups(found, BM, BN), mask=here)
 
 
 @triton.jit
@@ -137,10 +164,8 @@ def normalises(settings, slot, F: tl.constexpr):
 
 @triton.jit
 def _features_of_tile(p, lines, there):
-    """Features without a norm of rows, of three numbers a column: registers hold each of them for every column."""
-    factor = tl.load(lines + 4, mask=there, other=1.0)
-    limit = (tl.load(lines + 1, mask=there, other=float("inf")) - tl.load(lines, mask=there, other=0.0)) / factor
-    gain = tl.load(lines + 2, mask=there, other=0.0) * factor
-    magnitude = tl.load(lines + 3, mask=there, other=0.0)
-    f = tl.where(p > limit, tl.maximum(gain * p + magnitude, 0.0), 0.0)
-    return tl.where(p != p, p, f)
+    """Features of products without a norm of rows."""
+    limit = tl.load(lines + 1, mask=there, other=float("inf")) - tl.load(lines, mask=there, other=0.0)
+    a = p * tl.load(lines + 4, mask=there, other=1.0)
+    f = tl.load(lines + 2, mask=there, other=0.0) * a + tl.load(lines + 3, mask=there, other=0.0)
+    return tl.where(a <= limit, 0.0, tl.maximum(f, 0.0, propagate_nan=tl.PropagateNan.ALL))

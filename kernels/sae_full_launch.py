@@ -11,7 +11,8 @@ import torch
 from steer_compile.kernels.sae_full import SaeFullArgs
 from steer_compile.kernels.sae_full_decode import decode, finish
 from steer_compile.kernels.sae_full_kernels import META, compact, encode
-from steer_compile.kernels.sae_full_select import GROUP, LISTED, select
+from steer_compile.kernels.sae_full_keys import GROUP, LISTED, PICKS
+from steer_compile.kernels.sae_full_select import select
 
 CHUNK = 4096
 """Tokens that are listed at once, of more than `FEW_TOKENS`."""
@@ -19,7 +20,7 @@ FEW_TOKENS = 256
 """Up to this many are listed at once."""
 TOKEN_STEPS = (16, 32, 64, 512)
 """Numbers of tokens up to which a call has the same tiles."""
-FEATURES = 16384
+FEATURES = 4096
 """Features that are chosen among at once."""
 
 
@@ -80,31 +81,32 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
         "H": width, "F": count, **shape, "BK": tiles.depth, "PRECISION": precision,
     }  # fmt: skip
     most = max(1 << (count - 1).bit_length(), GROUP.value)
-    groups = most // GROUP.value
+    groups, top = most // GROUP.value, 0 if a.log is None else a.log.size(-1) // 2
     notes = torch.empty((filled, groups + LISTED.value), dtype=torch.int32, device=device)
+    picks = torch.empty((filled, 2 * PICKS.value), dtype=fp32, device=device)
     listed = (order, meta)
     chunk = FEW_TOKENS if isinstance(tokens, int) and tokens <= FEW_TOKENS else CHUNK
     wrap(compact)[(1,)](
         a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=chunk,
+        ALL=isinstance(tokens, int) and capacity >= tokens,
         num_warps=16 if chunk > FEW_TOKENS else 4,
     )  # fmt: skip
     wrap(encode)[(programs,)](
-        a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, **matmul,
-        BN=tiles.encode.columns, num_warps=tiles.encode.warps, num_stages=tiles.encode.stages,
+        a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, notes, **matmul,
+        G=groups, L=top, BN=tiles.encode.columns, num_warps=tiles.encode.warps, num_stages=tiles.encode.stages,
     )  # fmt: skip
-    top = 0 if a.log is None else a.log.size(-1) // 2
-    wrap(select)[(min(programs, filled),)](
+    wrap(select)[(min(4 * programs, filled),)](
         a.h, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, wide if a.log is None else a.log, notes,
-        H=width, BLOCK=block, F=count, **shape, BF=min(FEATURES, most), G=groups, L=top,
-        LP=1 << max(top - 1, 0).bit_length(), num_warps=16 if count > 4096 else 4,
+        picks, H=width, BLOCK=block, F=count, **shape, BF=min(FEATURES, most), G=groups, L=top,
+        LP=1 << max(top - 1, 0).bit_length(), num_warps=4,
     )  # fmt: skip
     wrap(decode)[(programs,)](
-        a.decoder, a.rows, a.row_set, *listed, narrow, sums, **matmul, BN=tiles.decode.columns, PARTS=tiles.parts,
-        num_warps=tiles.decode.warps, num_stages=tiles.decode.stages,
+        a.decoder, a.rows, a.row_set, a.sae_set, *listed, narrow, sums, **matmul, BN=tiles.decode.columns,
+        PARTS=tiles.parts, num_warps=tiles.decode.warps, num_stages=tiles.decode.stages,
     )  # fmt: skip
     wrap(finish)[(min(4 * programs, room),)](
         a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, *listed, narrow, wide,
-        sums, programs, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
+        picks, sums, programs, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
         BLOCK=block, PARTS=tiles.parts, num_warps=8,
     )  # fmt: skip
 

@@ -51,6 +51,7 @@ BEHIND_A_DOOR = (
     "kernels/gate_kernels.py",
     "kernels/sae_formula.py",
     "kernels/sae_full_decode.py",
+    "kernels/sae_full_keys.py",
     "kernels/sae_full_kernels.py",
     "kernels/sae_full_launch.py",
     "kernels/sae_full_select.py",

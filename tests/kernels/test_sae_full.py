@@ -150,6 +150,38 @@ def test_reconstruction_without_clamps_and_ties() -> None:
     assert torch.equal(got[kept], a.h[kept])
 
 
+def wide_topk(k: int, count: int, whole: bool) -> SaeFullArgs:
+    """Tokens of one TopK autoencoder of many features; with ``whole`` most pre-activations tie."""
+    draw = torch.Generator().manual_seed(k)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=draw).float() if whole else torch.randn(shape, generator=draw)
+
+    lines = torch.tensor(NO_FEATURE).repeat(count, 1)
+    lines[:, 1] = 0.0
+    clamps = torch.zeros(3, K)
+    clamps[:, 0], clamps[:, 1] = torch.tensor([count - 1.0, SET_ACTIVE, 2.0]), torch.tensor([7.0, ADD, 1.5])
+    tensors = (
+        numbers(5, WIDTH), torch.tensor([1, 0, 4, 2, 3]).int(), ROWS[:5].clone(), clamps.flatten().repeat(5, 1),
+        numbers(count, WIDTH), numbers(count, WIDTH), lines, numbers(1, WIDTH),
+        torch.tensor([[count, k, 0, 0]]).float(), torch.full((1, 7, 2 * TOP), torch.nan),
+    )  # fmt: skip
+    return SaeFullArgs._make([*[t.to(DEVICE) for t in tensors], 5])
+
+
+@pytest.mark.parametrize(
+    ("k", "count", "whole"), [(3, 2048, False), (100, 4096, False), (300, 4096, False), (80, 8704, True)],
+    ids=["few_groups", "many_groups", "more_than_are_listed", "ties_in_all_groups"],
+)  # fmt: skip
+def test_topk_of_many_features(k: int, count: int, whole: bool) -> None:
+    a = wide_topk(k, count, whole)
+    hold(a, 1e-6 if whole else 2e-4)
+    a.h[0, 2] = torch.nan
+    got, _ = run(a)
+    assert bool(got[0].isnan().all())
+    assert bool(got[1:].isfinite().all())
+
+
 @pytest.mark.parametrize("rows", [[0] * 5, [1] * 5, [5] * 5, [2] * 3, [], [3, 3]], ids=str)
 def test_none_all_and_no_tokens(rows: list[int]) -> None:
     a = packed([tiny(ReLU()), tiny(TopK(4), seed=9)], torch.tensor(rows, dtype=torch.int32))
