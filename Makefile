@@ -6,7 +6,8 @@ PARALLEL := -n 2 --dist loadfile
 test test-vllm test-vllm-slow: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-dynamic demo-vllm test test-vllm test-vllm-slow test-saelens coverage lint format clean distclean
+.PHONY: help demo demo-dynamic demo-vllm test test-vllm test-vllm-slow test-saelens test-browser coverage docs lint \
+	format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -30,7 +31,7 @@ test: ## lint, types and the fast tests (CPU only)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu and not slow and not vllm and not saelens" $(PARALLEL)
+	$(BIN)/pytest -m "not gpu and not slow and not vllm and not saelens and not browser" $(PARALLEL)
 
 test-vllm: ## the tests in a real vLLM, on the CPU (an environment of its own, .venv-vllm)
 	@scripts/bootstrap.sh test
@@ -47,9 +48,17 @@ test-saelens: ## files that SAELens writes, against its own classes (an environm
 	@scripts/bootstrap_saelens.sh
 	.venv-saelens/bin/python -m pytest -m saelens tests/saelens
 
+test-browser: ## the page of `steer-compile graph` in a headless Chromium (Debian: apt-get install chromium)
+	@scripts/bootstrap.sh browser
+	$(BIN)/python -m pytest -m browser tests/browser
+
 coverage: ## which model architectures of transformers are steered, one line each
 	@scripts/bootstrap.sh hf
 	$(BIN)/steer-compile coverage
+
+docs: ## the API reference, docs/api, from the docstrings
+	@scripts/bootstrap.sh test
+	$(BIN)/python scripts/api_reference.py
 
 lint: ## ruff and mypy alone
 	@scripts/bootstrap.sh test

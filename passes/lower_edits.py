@@ -41,11 +41,12 @@ UNFUSED = 1.5
 VIEWS = ("view", "reshape", "contiguous", "transpose", "squeeze", "unsqueeze", "flatten", "unflatten", "dropout")
 
 
-def lower_edits(plan: Plan, gm: fx.GraphModule, lowering: str) -> Plan:
+def lower_edits(plan: Plan, gm: fx.GraphModule, lowering: str, device: str = "") -> Plan:
     """Choose the lowering of each edit.
 
     Args:
         lowering: ``auto``, or the one lowering to use.
+        device: kind of device that the graph is for, "" for that of its values.
 
     Raises:
         LoweringError: ``template`` was asked for at a site that it cannot serve.
@@ -54,7 +55,7 @@ def lower_edits(plan: Plan, gm: fx.GraphModule, lowering: str) -> Plan:
     plan = _gated(plan, nodes, flow)
     if lowering == "compiler":
         return plan
-    choice = _Choice(nodes, flow, match_norms(gm.graph), plan)
+    choice = _Choice(nodes, flow, match_norms(gm.graph), plan, device)
     groups: dict[str, list[Edit]] = {}
     edits = [replace(edit, why=_APART[edit.detects]) for edit in plan.edits if _is_apart(edit)]
     for edit in plan.edits:
@@ -93,6 +94,7 @@ class _Choice:
     flow: Dataflow
     norms: Mapping[str, tuple[Norm, ...]]
     plan: Plan
+    device: str = ""
 
     def lower(self, group: list[Edit], forced: bool) -> list[Edit]:
         """The edits at one value, merged into one where the template takes them."""
@@ -121,14 +123,14 @@ class _Choice:
     def _unfit(self, group: list[Edit]) -> str:
         """Why the template cannot serve these edits, or nothing."""
         site, value = group[0].site, self.nodes[group[0].site.node].meta["example_value"]
+        device = self.device or value.device.type
         tables = {self.plan.banks[s.bank].dtype for e in group for s in e.slots if s.kind in ("table", "clamp", "sae")}
         reasons = {
             "it can be patched, and the kernel has no stage for that": any("patch" in e.ops for e in group),
             "Triton is not installed": find_spec("triton") is None,
             "the graph is trained through, and the kernel has no backward": value.requires_grad
             and torch.is_grad_enabled(),
-            f"it is on {value.device.type}, and Triton kernels run on {', '.join(DEVICES)}": value.device.type
-            not in DEVICES,
+            f"it is on {device}, and Triton kernels run on {', '.join(DEVICES)}": device not in DEVICES,
             f"its dtype is {dtype_text(site.dtype)}": site.dtype not in DTYPES or not tables <= set(DTYPES),
             f"its rows of {site.width} numbers are wider than {MAX_WIDTH}": site.width > MAX_WIDTH,
             f"it has {self.plan.clamps} clamps for each row, more than {MAX_CLAMPS}": self.plan.clamps > MAX_CLAMPS

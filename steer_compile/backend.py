@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from steer_compile import torch_compat
+from steer_compile import torch_compat, watch
 from steer_compile.dynamic.plain import DynamicRuntime
 from steer_compile.errors import SiteNotFound, SpecError, SteerError
 from steer_compile.ir import Dim, Plan, Site, SiteTable
@@ -43,6 +43,7 @@ class SteerBackend:
         self.tables: list[SiteTable] = []
         self.plans: list[Plan] = []
         self.__name__ = "steer_backend"
+        torch_compat.watch_recompile_limits()
 
     @property
     def spec(self) -> SteerSpec:
@@ -78,6 +79,8 @@ class SteerBackend:
         for compiler in self._compilers:
             torch_compat.reset_inductor(compiler)
         self._compilers.clear()
+        self.runtime.functions.clear()
+        torch_compat.forget_limits()
 
     def warm_up(self) -> int:
         """Compile the Triton kernels of the graphs compiled so far, so that no call waits for one.
@@ -112,7 +115,9 @@ class SteerBackend:
         partial = self._partial
         try:
             with opened_sums(gm):
+                watch.show("find_sites", "before", gm)
                 table = find_sites(gm, partial)
+                watch.show("find_sites", "after", gm, table)
                 run = self._instrument(gm, table, example_inputs)
         except SteerError as error:
             return _refusal(error)
@@ -133,11 +138,16 @@ class SteerBackend:
         plan = plan_edits(self._spec, table, banks)
         if not plan.edits:
             return None
+        watch.show("plan_edits", "after", gm, plan=plan)
         plan = lower_edits(plan, gm, self._spec.lowering)
+        watch.show("lower_edits", "after", gm, plan=plan)
         device = _device(gm, plan, inputs)
         weights = _norm_dtypes(gm, plan)
+        watch.show("splice", "before", gm, plan=plan)
         names = splice(gm, plan)
+        watch.show("splice", "after", gm, plan=plan)
         self.runtime.bind(plan, table, device)
+        self.runtime.functions.add(torch_compat.compiled_function(gm))
         attach(gm, self.runtime.tables.named(names))
         torch_compat.mark_static(gm, names)
         self.tables.append(table)

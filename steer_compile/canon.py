@@ -41,17 +41,29 @@ def canonical_names(graph: fx.Graph) -> dict[fx.Node, str]:
     return names
 
 
-def canonical_text(graph: fx.Graph) -> str:
-    """One line for each value that is not a parameter or buffer, and one for what the graph returns."""
+def canonical_text(graph: fx.Graph, named: bool = False) -> str:
+    """One line for each value that is not a parameter or buffer, and one for what the graph returns.
+
+    Args:
+        named: values have the names of their nodes, which differ between versions of torch, and which a pass that adds
+            nodes leaves as they are.
+    """
+    return "\n".join(canonical_lines(graph, named).values()) + "\n"
+
+
+def canonical_lines(graph: fx.Graph, named: bool = False) -> dict[fx.Node, str]:
+    """The lines of `canonical_text`, by the node that each is of."""
     names = canonical_names(graph)
+    if named:
+        names = {node: text if is_state(node) else f"%{node.name}" for node, text in names.items()}
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-    lines = []
+    lines = {}
     for node in graph.nodes:
         if node.op == "output":
-            lines.append(f"return {_text(node.args[0], names)}")
+            lines[node] = f"return {_text(node.args[0], names)}"
         elif not is_state(node):
-            lines.append(names[node] + _operation(node, names) + _type(node, symbols) + _where(node))
-    return "\n".join(lines) + "\n"
+            lines[node] = names[node] + _operation(node, names) + _type(node, symbols) + _where(node)
+    return lines
 
 
 def canonical_plan(plan: Plan, graph: fx.Graph) -> str:

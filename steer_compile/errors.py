@@ -47,6 +47,10 @@ class LoweringError(SteerError):
     """A site whose value cannot be steered or captured: shape, layout or dtype."""
 
 
+class DumpError(SteerError):
+    """A folder without dumps, or a damaged dump or cache entry."""
+
+
 class CheckpointError(SteerError):
     """A model or vector file that is missing, damaged or not safetensors."""
 

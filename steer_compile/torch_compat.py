@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 Compiled = Callable[..., Any]
 
@@ -56,6 +61,86 @@ def is_partial(gm: fx.GraphModule) -> bool:
     return any("torch_dynamo_resume_in" in frame.name for frame in frames)
 
 
+def break_reason(gm: fx.GraphModule) -> str:
+    """Why Dynamo ended the graph before its function's end, with the line of the user's code; "" where it did not.
+
+    Run on torch 2.11 and 2.13.
+    """
+    reason: Any = gm.compile_subgraph_reason
+    if reason is None or not reason.graph_break:
+        return ""
+    frames = list(reason.user_stack)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return str(reason.reason).splitlines()[0] + where
+
+
+def untraceable(error: BaseException) -> str:
+    """What Dynamo says about code that it cannot trace, in one line, with the line of the user's code.
+
+    Run on torch 2.11 and 2.13.
+    """
+    head, _, user = str(error).partition("from user code:")
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    told = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation:")), "")
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', user)
+    where = " at {}:{}: {}".format(*frames[-1]) if frames else ""
+    return f"{lines[0] if lines else type(error).__name__}{where}{f' ({told[:300]})' if told else ''}"
+
+
+class _Limits(logging.Handler):
+    """Keeps the functions that Dynamo no longer recompiles: calls of other sizes then run the original code."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.hits: dict[str, str] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        args = record.args
+        if isinstance(args, tuple) and len(args) > 3 and "_dynamo hit config" in str(record.msg):
+            found = re.match(r"'(.*)' \((.*):\d+\)", str(args[2]))
+            if found is not None:
+                self.hits[f"{found[1]} {found[2]}"] = f"{args[0]} of {args[1]}, {args[3]}"
+
+
+_LIMITS = _Limits()
+
+
+def watch_recompile_limits() -> None:
+    """Note from now on which functions Dynamo gives up on. Run on torch 2.11 and 2.13."""
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(_LIMITS)  # adding it twice is adding it once
+
+
+def compiled_function(gm: fx.GraphModule) -> str:
+    """Name and file of the function that a graph is of, "" where no node tells. Run on torch 2.11 and 2.13."""
+    for node in gm.graph.nodes:
+        found = re.match(r'\s*File "(.*)", line \d+, in (\S+)', node.stack_trace or "")
+        if found is not None:
+            return f"{found[2]} {found[1]}"
+    return ""
+
+
+def gave_up(function: str) -> str:
+    """Why Dynamo no longer recompiles a function (`compiled_function`), "" where it does. Run on torch 2.13."""
+    return _LIMITS.hits.get(function, "")
+
+
+def forget_limits() -> None:
+    """Called on `torch._dynamo.reset`, after which functions are compiled again."""
+    _LIMITS.hits.clear()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Dynamo's warnings about graph breaks off the screen. Run on torch 2.11 and 2.13."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def compile_id() -> str:
     """Dynamo's name of the compilation under way, such as ``0/1``. Run on torch 2.11 and 2.13."""
     current = CompileContext.current_compile_id()
@@ -73,6 +158,114 @@ def kernel_count() -> int:
 
     return int(metrics.generated_kernel_count)
 
+
+class _Artifacts(logging.Handler):
+    """Keeps name and text of the artifacts of compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        given = vars(record)
+        name = (given.get("metadata") or {}).get("artifact", {}).get("name")
+        if name:
+            self.found.append((name, given.get("payload") or ""))
+
+
+@contextmanager
+def provenance() -> Iterator[list[tuple[str, str]]]:
+    """Compile without caches and with Inductor's provenance of nodes; gives the names and texts of all artifacts.
+
+    They come through the logger that `torch._logging.trace_structured` writes to. Run on torch 2.11 and 2.13.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    log, handler = logging.getLogger("torch.__trace"), _Artifacts()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        with (
+            inductor.patch({"trace.provenance_tracking_level": 1, "fx_graph_cache": False}),
+            functorch.patch({"enable_autograd_cache": False}),
+        ):
+            yield handler.found
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Hand a text to torch's structured trace, so that tlparse shows it beside the compile. Run on torch 2.11, 2.13."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
+    )
+
+
+def shapes_only() -> Any:
+    """A context in which tensors have shapes and no memory, and in which graphs of such tensors run.
+
+    ``from_tensor`` gives a tensor its counterpart. Run on torch 2.11 and 2.13.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+PASS_SLOTS = (
+    "pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass", "custom_partitioner_fn", "_post_fusion_custom_pass",
+    "_pre_fusion_custom_pass",
+)  # fmt: skip
+"""Slots of Inductor's configuration that take one pass of somebody else."""
+
+
+def pass_slots() -> dict[str, object]:
+    """What is in each slot for a custom pass, None where it is free. Run on torch 2.11 and 2.13."""
+    from torch._inductor import config as inductor
+
+    return {name: getattr(inductor, name) for name in PASS_SLOTS if hasattr(inductor, name)}
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def cudagraph_skips() -> Iterator[list[str]]:
+    """Why graphs that are compiled inside of the block run without CUDA graphs. Run on torch 2.11 and 2.13."""
+    from torch._inductor.cudagraph_utils import cudagraphs_log
+
+    handler, level, passed = _Lines(), cudagraphs_log.level, cudagraphs_log.propagate
+    cudagraphs_log.addHandler(handler)
+    cudagraphs_log.setLevel(logging.WARNING)
+    cudagraphs_log.propagate = False
+    try:
+        yield handler.lines
+    finally:
+        cudagraphs_log.removeHandler(handler)
+        cudagraphs_log.setLevel(level)
+        cudagraphs_log.propagate = passed
+
+
+def inductor_cache() -> str:
+    """Folder of Inductor's caches. Run on torch 2.11 and 2.13."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    return cache_dir() if "TORCHINDUCTOR_CACHE_DIR" in os.environ else default_cache_dir()
+
+
+NumbersNeeded = (DataDependentOutputException, DynamicOutputShapeException)
+"""What tensors of shapes alone raise where their numbers are asked for. Run on torch 2.11 and 2.13."""
 
 DynamoError = torch._dynamo.exc.TorchDynamoException
 """What Dynamo raises for code that it cannot trace. Run on torch 2.11 and 2.13."""

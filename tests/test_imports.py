@@ -15,7 +15,7 @@ from tests import _tree
 
 PACKAGE = "steer_compile"
 
-FOUNDATION = ("_version", "errors", "hooks", "spec", "ir", "torch_compat")
+FOUNDATION = ("_version", "errors", "hooks", "spec", "ir", "torch_compat", "watch")
 """Values and doors at the bottom: they import one another and nothing above."""
 
 APPLICATIONS = ("cli", "coverage", "demo", "sweep")
@@ -30,6 +30,7 @@ FORBIDDEN = {
     "dynamic": ("passes", "kernels", "backend", "sae", "vllm", *APPLICATIONS),
     "sae": ("passes", "kernels", "backend", "dynamic", "vllm", *APPLICATIONS),
     "vllm": APPLICATIONS,
+    "debug": ("dynamic", "sae", "vllm", *APPLICATIONS),
     "sweep": ("passes", "kernels", "dynamic", "sae", "vllm", "cli", "coverage", "demo"),
 }
 """Part of the package -> the parts that it does not import."""

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from steer_compile import torch_compat
 from steer_compile.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-_BATCH, _LENGTH, _PLAIN_IDS = 2, 9, 80
+_TOKENS, _PLAIN_IDS = (2, 9), 80
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,21 @@ class Loaded:
     inputs: dict[str, Any] = field(repr=False)
     folder: Path | None = None
     note: str = ""
+    shapes: AbstractContextManager[Any] | None = field(default=None, repr=False)
+    """In what its graphs run, where its tensors have shapes alone (`torch_compat.shapes_only`)."""
 
 
-def load(text: str, dtype: torch.dtype | None = None) -> Loaded:
+def load(
+    text: str, dtype: torch.dtype | None = None, weights: bool = True, tokens: tuple[int, int] = _TOKENS
+) -> Loaded:
     """The model that a MODEL argument names.
 
     Args:
         text: a directory, a ``config.json``, or ``module:function``.
         dtype: dtype of the weights; None is the checkpoint's own.
+        weights: False reads a directory's config alone, and makes a model of any size without memory for its tensors.
+            What a function makes stays as it is.
+        tokens: rows of the example, and ids of each.
 
     Raises:
         CheckpointError: nothing there, no safetensors, or files that cannot be read.
@@ -56,9 +65,21 @@ def load(text: str, dtype: torch.dtype | None = None) -> Loaded:
     folder = path if path.is_dir() else path.parent
     _check_config(folder)
     shards = _shards(folder) if path.is_dir() else []
-    model = _from_files(folder, dtype) if shards else _from_config(folder, dtype)
+    if not weights:
+        return _shapes(text, folder, dtype, tokens)
+    model = _from_files(folder, dtype) if shards else _from_config(folder, dtype or torch.float32)
     note = "" if shards else "random weights: only a config was given"
-    return Loaded(text, _ready(model), example_inputs(model), folder, note)
+    return Loaded(text, _ready(model), example_inputs(model, tokens), folder, note)
+
+
+def _shapes(text: str, folder: Path, dtype: torch.dtype | None, tokens: tuple[int, int]) -> Loaded:
+    """A model without memory for its tensors."""
+    shapes = torch_compat.shapes_only()
+    with shapes:
+        model = _ready(_from_config(folder, dtype))
+    given = example_inputs(model, tokens)
+    inputs = {key: shapes.from_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in given.items()}
+    return Loaded(text, model, inputs, folder, "shapes alone: no weights were read", shapes)
 
 
 def _check_config(folder: Path) -> None:
@@ -135,7 +156,8 @@ def _from_config(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         config = library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model: nn.Module = library.AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+            own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+            model: nn.Module = library.AutoModelForCausalLM.from_config(config, dtype=dtype or own)
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{folder} has no config of a causal language model: {first_line(error)}") from error
     return model
@@ -162,8 +184,8 @@ def _from_function(text: str) -> Loaded:
     return Loaded(text, _ready(model), inputs if inputs is not None else example_inputs(model))
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of one call: two rows of a few random plain ids, and what the class needs besides.
+def example_inputs(model: nn.Module, tokens: tuple[int, int] = _TOKENS) -> dict[str, Any]:
+    """Keyword arguments of one call: rows of a few random plain ids, and what the class needs besides.
 
     Raises:
         CheckpointError: the model does not take ``input_ids``.
@@ -173,13 +195,13 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     if isinstance(kind, str) and vocabulary >= _PLAIN_IDS:
         from steer_compile.coverage.zoo import tiny_inputs
 
-        return tiny_inputs(model, kind, _BATCH, _LENGTH)
+        return tiny_inputs(model, kind, *tokens)
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise CheckpointError(
             f"{type(model).__name__} takes no input_ids; let the function return (model, keyword arguments)"
         )
     generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(0, vocabulary or _PLAIN_IDS, (_BATCH, _LENGTH), generator=generator)}
+    return {"input_ids": torch.randint(0, vocabulary or _PLAIN_IDS, tokens, generator=generator)}
 
 
 def _ready(model: nn.Module) -> nn.Module:

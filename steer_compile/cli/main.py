@@ -8,12 +8,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from steer_compile import torch_compat
 from steer_compile._version import __version__
+from steer_compile.cli.bisect import bisect
 from steer_compile.cli.coverage import coverage
 from steer_compile.cli.demo import demo
+from steer_compile.cli.diff import diff
+from steer_compile.cli.doctor import doctor
+from steer_compile.cli.explain import explain
+from steer_compile.cli.graph import graph
 from steer_compile.cli.load import first_line
 from steer_compile.cli.patch_sweep import patch_sweep
+from steer_compile.cli.plan import plan
 from steer_compile.cli.sites import sites
+from steer_compile.cli.trace import trace
 from steer_compile.cli.verify import verify
 from steer_compile.errors import SteerError
 
@@ -43,6 +51,8 @@ def message(error: BaseException, debug: bool = False) -> str:
     """What the user reads about an error."""
     if isinstance(error, SteerError):
         return f"{type(error).__name__}: {error}"
+    if isinstance(error, torch_compat.DynamoError):
+        return f"the model does not compile: {torch_compat.untraceable(error)}"
     hint = "" if debug else " (steer-compile --debug shows where)"
     return f"{type(error).__name__}: {first_line(error)}{hint}"
 
@@ -55,7 +65,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (sites, verify, coverage, demo, patch_sweep):
+for command in (sites, plan, explain, diff, bisect, trace, doctor, verify, coverage, demo, graph, patch_sweep):
     app.command()(command)
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
-from torch import fx, nn
+from torch import nn
 
-from steer_compile import torch_compat
-from steer_compile.backend import steer_backend
-from steer_compile.cli.load import Loaded, load
+from steer_compile.cli.graphs import read_graphs
+from steer_compile.cli.load import Loaded
 from steer_compile.cli.output import JSON_HELP, console, notes, print_json, progress
+from steer_compile.debug.tracing import Traced, trace
 from steer_compile.hooks import parse_hook
 from steer_compile.ir import Miss, Site, SiteTable, dtype_text
-from steer_compile.passes.find_sites import find_sites
-from steer_compile.spec import SteerSpec
 
 
 def sites(
@@ -35,10 +32,9 @@ def sites(
     """
     wanted = parse_hook(hook) if hook is not None else None
     with progress(None) as step:
-        step("reading the model", 0)
-        loaded = load(model)
         step("tracing the model", 0)
-        table = collect_sites(loaded.model, loaded.inputs)
+        loaded, graphs = read_graphs(model)
+        table = joined(graphs)
     if layer is not None and layer < 0:
         layer += table.n_layers
     chosen = table.where(lambda s: wanted in (None, s.hook) and layer in (None, s.layer))
@@ -47,9 +43,11 @@ def sites(
     if not chosen.sites and not missing and layer is not None:
         missing = [_as_miss(table.find(wanted or "*", layer))]
     if as_json:
-        print_json(_plain(loaded, chosen, missing))
+        print_json({**_plain(loaded, chosen, missing), "breaks": breaks(graphs)})
     else:
         _print(loaded, table, chosen, missing, misses)
+        for reason in breaks(graphs):
+            notes().print(f"graph break: {reason}", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if chosen.sites else 1)
 
 
@@ -57,26 +55,27 @@ def _as_miss(found: Site | Miss) -> Miss:
     return found if isinstance(found, Miss) else Miss(found.layer, found.hook, "no such value")
 
 
-def collect_sites(model: nn.Module, inputs: dict[str, Any]) -> SiteTable:
+def collect_sites(
+    model: nn.Module, inputs: dict[str, Any], shapes: AbstractContextManager[Any] | None = None
+) -> SiteTable:
     """Sites of all graphs of one call, without compiling or changing any of them."""
-    backend = steer_backend(SteerSpec(steer=("post_block",)), inner="eager")
-    partial = False
+    return joined(trace(model, inputs, shapes))
 
-    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal partial
-        partial |= torch_compat.is_partial(gm)
-        table = find_sites(gm, partial)
-        if table.sites or not backend.tables:
-            backend.tables.append(table)
-        forward: Callable[..., Any] = gm.forward
-        return forward
 
-    torch.compiler.reset()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.compile(model, backend=collect)(**inputs)
-    torch.compiler.reset()
-    return backend.sites
+def breaks(graphs: Sequence[Traced]) -> list[str]:
+    """Why graphs end before their function does, each reason once."""
+    return list(dict.fromkeys(traced.broken for traced in graphs if traced.broken))
+
+
+def joined(graphs: Sequence[Traced]) -> SiteTable:
+    """Sites of several graphs together, each (layer, hook) once; a graph without any counts where no other has some."""
+    tables = [traced.table for traced in graphs]
+    tables = [table for table in tables if table.sites] or tables[:1]
+    found = {(s.layer, s.hook): s for table in reversed(tables) for s in reversed(table.sites)}
+    sites = tuple(dict.fromkeys(found[s.layer, s.hook] for table in tables for s in table.sites))
+    misses = tuple(dict.fromkeys(miss for table in tables for miss in table.misses))
+    layers = tuple(sorted({layer for layer, _ in found}))
+    return SiteTable(sites, misses, layers, any(traced.partial for traced in graphs))
 
 
 def _counted(number: int, noun: str) -> str:

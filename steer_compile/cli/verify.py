@@ -115,7 +115,7 @@ def default_spec(table: SiteTable, inputs: dict[str, Any]) -> SteerSpec:
     return SteerSpec(steer=hooks, rows=2, max_tokens=max(1024, tokens))
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """The model's result: a tensor, the ``logits`` of an output object, or the first of several."""
     if not isinstance(output, Tensor):
         output = output.logits if hasattr(output, "logits") else output[0]
@@ -133,7 +133,7 @@ def check_model(loaded: Loaded, spec: SteerSpec, inner: str, step: Step) -> Outc
         warnings.simplefilter("ignore")
         step("compiling without steering", 1)
         torch.compiler.reset()
-        base = _logits(torch.compile(loaded.model, backend=inner)(**loaded.inputs))
+        base = logits_of(torch.compile(loaded.model, backend=inner)(**loaded.inputs))
         step("measuring the stream", 1)
         lengths = _lengths(loaded.model, loaded.inputs, spec)
         step("compiling with steering", 1)
@@ -142,7 +142,7 @@ def check_model(loaded: Loaded, spec: SteerSpec, inner: str, step: Step) -> Outc
         compiled = torch.compile(loaded.model, backend=backend)
 
         def run() -> Tensor:
-            return _logits(compiled(**loaded.inputs)).clone()
+            return logits_of(compiled(**loaded.inputs)).clone()
 
         captured, idle = _captures(backend, spec, run)
         backend.runtime.check_complete()

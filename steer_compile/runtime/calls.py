@@ -56,6 +56,8 @@ class Calls(Registry):
         super().__init__(spec)
         self.phases = PhaseTracker()
         self.calls = 0
+        self.functions: set[str] = set()
+        """Functions whose graphs are steered (`torch_compat.compiled_function`)."""
         self._batches = [_Batch()]
         self._version = 0
         self._index_key: object = None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from steer_compile import torch_compat
 from steer_compile.errors import NotSteered, SiteNotFound, SpecError
 from steer_compile.runtime.calls import Calls
 from steer_compile.runtime.capture import CaptureLog
@@ -177,6 +178,13 @@ class Runtime(Calls):
                 f"nothing was {what}: no compiled graph ran inside the block; compile the module in place with "
                 "model.compile(backend=...), since torch.compile(model).generate(...) runs the original model, "
                 "and remove graph breaks inside of blocks"
+            )
+
+        for reason in filter(None, map(torch_compat.gave_up, self.functions)):
+            raise NotSteered(
+                f"some calls may not have been {what}: Dynamo has given up recompiling the model ({reason}), and runs "
+                "its original code for other sizes; compile with dynamic=True, pad to a few sizes, or raise "
+                "torch._dynamo.config.recompile_limit, and call torch.compiler.reset()"
             )
 
     def check_complete(self) -> None:

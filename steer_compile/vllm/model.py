@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.dlpack import from_dlpack
 
-from steer_compile import torch_compat
+from steer_compile import torch_compat, watch
 from steer_compile.errors import LoweringError, SiteNotFound
 from steer_compile.ir import DECODE, GAIN, ROWS, SCALE, SLOT, Bank, Miss, Plan, Site, bank_name, slot_name
 from steer_compile.passes.find_sites import find_sites
@@ -93,7 +93,9 @@ class SteeredModel:
             with opened_sums(gm), self._end(gm) as end:
                 plan = self._planned(gm, list(dict.fromkeys(sites)))
                 _check_end(plan, end)
+                watch.show("splice", "before", gm, plan=plan)
                 splice(gm, plan, dict(zip(self._tables, nodes, strict=True)))
+                watch.show("splice", "after", gm, plan=plan)
             self.plans.append(plan)
         torch_compat.complete_examples(gm.graph)
         gm.graph.lint()
@@ -115,7 +117,9 @@ class SteeredModel:
             SiteNotFound, LoweringError: as in `splice`.
         """
         shape, banks = self._shape, self.registry.tables.banks
+        watch.show("find_sites", "before", gm)
         table = find_sites(gm, cut=shape.layers if shape.cut else None)
+        watch.show("find_sites", "after", gm, table)
         if len(table.layers) != len(shape.layers):
             why = table.misses[0].reason if table.misses and not table.layers else "`steer-compile sites` shows which"
             raise SiteNotFound(
@@ -129,7 +133,10 @@ class SteeredModel:
                     f"no site {found.name}: {found.reason}; leave it out of the spec, by the layers of {hook}"
                 )
         spec = own_part(self.spec, shape) if shape.cut else self.spec
-        plan = lower_edits(plan_edits(spec, table, banks), gm, spec.lowering)
+        plan = plan_edits(spec, table, banks)
+        watch.show("plan_edits", "after", gm, plan=plan)
+        plan = lower_edits(plan, gm, spec.lowering)
+        watch.show("lower_edits", "after", gm, plan=plan)
         if plan.banks != banks:
             raise LoweringError(f"a site is not what the model's configuration says: {_other(plan, banks)}")
         return plan

@@ -66,10 +66,15 @@ def test_sites_as_json_of_one_hook_and_layer(llama: Path) -> None:
     assert result.exit_code == 0
 
 
-def test_sites_of_a_config_says_that_the_weights_are_random(llama: Path) -> None:
+def test_sites_of_a_config_says_that_no_weights_were_read(llama: Path) -> None:
     result = run("sites", llama / "config.json")
     assert result.exit_code == 0
-    assert "random weights" in result.stderr
+    assert "shapes alone" in result.stderr
+
+
+def test_verify_of_a_config_says_that_the_weights_are_random(llama: Path) -> None:
+    result = run("verify", llama / "config.json", "--inner", "eager", "--json")
+    assert json.loads(result.stdout)["note"] == "random weights: only a config was given"
 
 
 def test_sites_of_a_layer_that_is_not_there(llama: Path) -> None:
@@ -193,7 +198,7 @@ def test_a_checkpoint_without_some_tensors_is_refused(llama: Path, tmp_path: Pat
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(run("sites", folder), "CheckpointError", "up_proj")
+    refused(run("verify", folder, "--inner", "eager"), "CheckpointError", "up_proj")
 
 
 def test_a_damaged_config_is_refused(llama: Path, tmp_path: Path) -> None:

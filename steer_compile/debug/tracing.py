@@ -1,0 +1,165 @@
+"""The Dynamo graphs of a model, and what each pass makes of copies of them. Nothing is compiled or allocated."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from steer_compile import torch_compat
+from steer_compile.canon import canonical_text
+from steer_compile.errors import SteerError
+from steer_compile.ir import Bank, Plan, SiteTable
+from steer_compile.passes.dataflow import is_state, op_name
+from steer_compile.passes.find_sites import find_sites
+from steer_compile.passes.fused_norms import opened_sums
+from steer_compile.passes.lower_edits import lower_edits
+from steer_compile.passes.plan_edits import plan_edits
+from steer_compile.passes.splice import splice
+from steer_compile.spec import SteerSpec
+
+PASSES = ("dynamo", "find_sites", "plan_edits", "lower_edits", "splice")
+"""What a graph went through, in order; only the last changes it."""
+
+
+class _Traced(Exception):
+    """Ends a call of shapes alone whose one graph is known."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One Dynamo graph of a model.
+
+    Attributes:
+        name: Dynamo's name of its compilation, such as ``0/0``.
+        gm: the graph; never changed. Its nodes have stack traces where Dynamo gave them.
+        partial: it is one of several of its function.
+        table: its sites and misses.
+        broken: why it ends before its function does, with the line of the user's code; "" where it does not.
+    """
+
+    name: str
+    gm: fx.GraphModule
+    partial: bool
+    table: SiteTable
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A copy of a graph behind the passes of a spec.
+
+    Attributes:
+        plan: None for a graph in which the spec names nothing.
+        gm: the copy, spliced where there is a plan.
+    """
+
+    traced: Traced
+    plan: Plan | None
+    gm: fx.GraphModule
+
+    def graph_after(self, step: str) -> fx.GraphModule:
+        """The graph behind the pass ``step`` of `PASSES`."""
+        return self.gm if step == "splice" else self.traced.gm
+
+    def text_after(self, step: str, named: bool = False) -> str:
+        """Canonical text of the graph behind a pass, with what an analysis found in front of it."""
+        found = {"find_sites": self.traced.table.text(), "plan_edits": self._planned(), "lower_edits": self._planned()}
+        header = "".join(f"# {line}\n" for line in found.get(step, "").splitlines())
+        return header + canonical_text(self.graph_after(step).graph, named)
+
+    def _planned(self) -> str:
+        return "" if self.plan is None else self.plan.text()
+
+
+def trace(model: nn.Module, inputs: dict[str, Any], shapes: AbstractContextManager[Any] | None = None) -> list[Traced]:
+    """All graphs of one call.
+
+    The call runs the graphs as they are, so that code behind a graph break is traced as well; a model of shapes alone
+    that is one graph is not run.
+
+    Args:
+        shapes: in what graphs of a model of shapes alone run (`torch_compat.shapes_only`).
+    """
+    found: list[Traced] = []
+    cut = False
+
+    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal cut
+        cut |= torch_compat.is_partial(gm)
+        with opened_sums(gm):
+            found.append(Traced(torch_compat.compile_id(), gm, cut, find_sites(gm, cut), torch_compat.break_reason(gm)))
+
+        def run(*args: Any) -> Any:
+            if shapes is not None and whole:
+                raise _Traced
+            with shapes or nullcontext():
+                return gm.forward(*args)
+
+        whole = torch_compat.compile_id() == "0/0" and not cut
+
+        return run
+
+    torch.compiler.reset()
+    with torch.no_grad(), warnings.catch_warnings(), torch_compat.quiet():
+        warnings.simplefilter("ignore")
+        with suppress(_Traced):
+            torch.compile(model, backend=collect)(**inputs)
+    torch.compiler.reset()
+    return found
+
+
+def stage(graphs: Sequence[Traced], spec: SteerSpec, device: str = "") -> list[Staged]:
+    """Each graph behind the passes of a spec, in the order in which a backend would see them.
+
+    Args:
+        device: kind of device for which lowerings are chosen, "" for that of the graphs.
+
+    Raises:
+        SteerError: what the backend would raise: a site that is not there, or one that cannot be lowered.
+    """
+    banks: tuple[Bank, ...] = ()
+    made = []
+    for traced in graphs:
+        gm = copied(traced.gm)
+        plan = None
+        if traced.table.sites:
+            with opened_sums(gm):
+                plan = plan_edits(spec, traced.table, banks)
+                if plan.edits:
+                    plan = lower_edits(plan, gm, spec.lowering, device)
+                    splice(gm, plan)
+                    banks = plan.banks
+        made.append(Staged(traced, plan if plan is not None and plan.edits else None, gm))
+    if not any(staged.plan for staged in made):
+        reasons = [miss.reason for traced in graphs for miss in traced.table.misses]
+        raise _nothing(reasons)
+    return made
+
+
+def _nothing(reasons: list[str]) -> SteerError:
+    from steer_compile.errors import SiteNotFound
+
+    why = reasons[0] if reasons else "no graph has a residual stream"
+    return SiteNotFound(f"the spec steers and captures nothing in this model: {why}; `steer-compile sites` lists it")
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module with a graph of its own; nodes keep their names, and share values and metadata."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        values[node] = graph.node_copy(node, lambda n: values[n])
+    return fx.GraphModule(gm, graph)
+
+
+def op_counts(graph: fx.Graph) -> Counter[str]:
+    """How often each operator is called."""
+    calls = (n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr") and not is_state(n))
+    return Counter(op_name(node) for node in calls)
