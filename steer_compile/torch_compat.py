@@ -201,9 +201,7 @@ def trace_artifact(name: str, text: str) -> None:
     """Hand a text to torch's structured trace, so that tlparse shows it beside the compile. Run on torch 2.11, 2.13."""
     from torch._logging._internal import trace_structured
 
-    trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
-    )
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
 
 
 def shapes_only() -> Any:

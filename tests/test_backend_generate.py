@@ -160,19 +160,22 @@ def test_calls_beyond_the_limit_of_recompiles_are_noticed() -> None:
     model = llama()
     backend = steer_backend(spec("post_block", capture="post_block"), inner="eager")
     model = compiled(model, backend, dynamic=False)
-    words = r"some calls may not have been steered: Dynamo has given up recompiling .*recompile_limit of 2.*dynamic=True"
-    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+    words = r"some calls may not have been steered: Dynamo has given up recompiling .*_limit of 2.*dynamic=True"
+
+    def call(*lengths: int) -> None:
         with backend.runtime.steer({"post_block": {0: PREFILL}}):
-            for length in (3, 4):
+            for length in lengths:
                 model(input_ids=tokens(1, length))
-        with pytest.raises(NotSteered, match=words), backend.runtime.steer({"post_block": {0: PREFILL}}):
-            model(input_ids=tokens(1, 3))
-            model(input_ids=tokens(1, 5))
+
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        call(3, 4)
+        with pytest.raises(NotSteered, match=words):
+            call(3, 5)
     with pytest.raises(NotSteered, match="given up"), backend.runtime.capture(), torch.no_grad():
         model(input_ids=tokens(1, 3))
     torch.compiler.reset()
-    with torch.no_grad(), backend.runtime.steer({"post_block": {0: PREFILL}}):
-        model(input_ids=tokens(1, 5))
+    with torch.no_grad():
+        call(5)
 
 
 def test_a_generation_that_runs_the_original_model_is_noticed() -> None:

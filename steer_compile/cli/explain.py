@@ -48,6 +48,7 @@ def _plain(loaded: Loaded, told: Explanation) -> dict[str, Any]:
         "readers": [{**view.to_dict(), "kind": kind} for view, kind in told.readers],
         "near": [view.to_dict() for view in told.near],
         "have": dict(told.have),
+        "breaks": list(told.breaks),
     }
 
 
@@ -71,6 +72,7 @@ def _of_site(told: Explanation, node: NodeView) -> list[str]:
 
 
 def _of_miss(told: Explanation) -> list[str]:
-    lines = ["nearest nodes:", *_shown(told.near)] if told.near else []
+    lines = [f"graph break: {reason}" for reason in told.breaks]
+    lines += ["nearest nodes:", *_shown(told.near)] if told.near else []
     have = ", ".join(f"{hook} at {node}" for hook, node in told.have)
     return [*lines, f"this layer has {have}"] if have else lines

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from steer_compile.cli.graphs import read_graphs
 from steer_compile.cli.load import Loaded, load
 from steer_compile.cli.output import JSON_HELP, notes, print_json, progress, shown
 from steer_compile.cli.verify import read_spec
@@ -17,7 +18,7 @@ from steer_compile.debug.draw import PLANNED, draw
 from steer_compile.debug.drawing import Drawing
 from steer_compile.debug.kernels import Kernels, compiled_kernels
 from steer_compile.debug.metro import svg
-from steer_compile.debug.tracing import PASSES, Staged, stage, trace
+from steer_compile.debug.tracing import PASSES, Staged, Traced, stage, trace
 from steer_compile.debug.webpage import page
 from steer_compile.errors import SpecError, SteerError
 from steer_compile.spec import SteerSpec
@@ -54,10 +55,8 @@ def graph(
     wanted = read_spec(spec) if spec is not None else None
     step_name = _checked_pass(after, wanted)
     with progress(None) as step:
-        step("reading the model", 0)
-        loaded = load(model, weights=kernels)
-        step("tracing the model", 0)
-        graphs = trace(loaded.model, loaded.inputs, loaded.shapes)
+        step("reading and tracing the model", 0)
+        loaded, graphs = _with_weights(model) if kernels else read_graphs(model)
         planned = wanted is not None and step_name in PLANNED
         staged = stage(graphs, wanted, device) if planned and wanted else [Staged(g, None, g.gm) for g in graphs]
         step("compiling the model" if kernels else "drawing", 0)
@@ -65,6 +64,8 @@ def graph(
         drawing = draw(loaded.name, staged, step_name, compiled.of_node, compiled.names)
         drawing = drawing if layer is None else drawing.only(layer)
         made = _text(staged, drawing, layer) if form == "text" else FORMATS[form](drawing)
+    if loaded.note:
+        notes().print(f"no kernels: {loaded.note}" if kernels else loaded.note, markup=False)
     if out is not None:
         out.write_text(made, encoding="utf-8")
         notes().print(f"wrote {shown(out)} ({len(made.encode()) / 1000:.0f} kB)", highlight=False, markup=False)
@@ -72,6 +73,11 @@ def graph(
         print_json(drawing.plain())
     elif out is None:
         typer.echo(made, nl=False)
+
+
+def _with_weights(model: str) -> tuple[Loaded, list[Traced]]:
+    loaded = load(model)
+    return loaded, trace(loaded.model, loaded.inputs)
 
 
 def _checked_pass(after: str | None, spec: SteerSpec | None) -> str:
@@ -89,13 +95,12 @@ def _checked_pass(after: str | None, spec: SteerSpec | None) -> str:
 
 
 def _kernels(loaded: Loaded, spec: SteerSpec | None, device: str) -> Kernels:
-    """The kernels of a model with weights; none, and a note, where there are no weights to compile with.
+    """The kernels of a model; none where it has no weights of its own.
 
     Raises:
         SteerError: the plan is for another device than that of the model.
     """
     if loaded.note:
-        notes().print(f"no kernels: {loaded.note}", markup=False)
         return Kernels()
     own = next((p.device.type for p in loaded.model.parameters()), "cpu")
     if device not in ("", own):

@@ -24,6 +24,7 @@ def sites(
     hook: Annotated[str | None, typer.Option(help="Show this hook only, such as post_block or resid_post.")] = None,
     layer: Annotated[int | None, typer.Option(help="Show this layer only; -1 is the last.")] = None,
     misses: Annotated[bool, typer.Option("--misses", help="Show every hook without a value, and why.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Leave sizes open, so that shapes are symbolic.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """List where a model can be steered and captured. Exit code 1: nowhere.
@@ -33,7 +34,7 @@ def sites(
     wanted = parse_hook(hook) if hook is not None else None
     with progress(None) as step:
         step("tracing the model", 0)
-        loaded, graphs = read_graphs(model)
+        loaded, graphs = read_graphs(model, dynamic=dynamic or None)
         table = joined(graphs)
     if layer is not None and layer < 0:
         layer += table.n_layers

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx
 import torch
@@ -50,6 +51,7 @@ class Explanation:
         path: values between the stream's previous value and this one.
         near: for a miss, the nearest nodes, those that its reason names first.
         have: hooks that the layer does have, with their nodes.
+        breaks: for a miss, why graphs of the model end before its functions do.
     """
 
     found: Site | Miss
@@ -59,6 +61,7 @@ class Explanation:
     path: tuple[NodeView, ...] = ()
     near: tuple[NodeView, ...] = ()
     have: tuple[tuple[str, str], ...] = ()
+    breaks: tuple[str, ...] = ()
 
 
 def parse_site(text: str) -> tuple[str, int | None]:
@@ -87,7 +90,7 @@ def explain(graphs: Sequence[Traced], hook: str, layer: int | None) -> Explanati
     traced = next((t for t in graphs if layer in t.table.layers), max(graphs, key=lambda t: len(t.gm.graph.nodes)))
     miss = _find(traced, hook, layer)
     assert isinstance(miss, Miss)
-    return _missed(traced, miss)
+    return replace(_missed(traced, miss), breaks=tuple(dict.fromkeys(t.broken for t in graphs if t.broken)))
 
 
 def _find(traced: Traced, hook: str, layer: int | None) -> Site | Miss:
@@ -162,8 +165,15 @@ def _candidates(traced: Traced, nodes: Mapping[str, fx.Node], sites: list[Site])
         pool = [n for n in nodes.values() if module_path(n)[: len(owner)] == owner and _alike(n, like)]
         pool.sort(key=lambda n: op_name(n) != "add")
         return [n.name for n in pool if n.name not in {s.node for s in sites}][:CANDIDATES]
-    sums = [n for n in nodes.values() if isinstance(n.meta.get("example_value"), torch.Tensor) and "add" in n.name]
+    sums = [n for n in nodes.values() if op_name(n) == "add" and _dims(n) > 1]
+    shapes = Counter(str(n.meta["example_value"].shape) for n in sums)
+    sums.sort(key=lambda n: -shapes[str(n.meta["example_value"].shape)])  # those of the stream are the most
     return [n.name for n in sums][:CANDIDATES]
+
+
+def _dims(node: fx.Node) -> int:
+    value = node.meta.get("example_value")
+    return value.dim() if isinstance(value, torch.Tensor) and value.is_floating_point() else 0
 
 
 def _alike(node: fx.Node, like: fx.Node) -> bool:

@@ -78,7 +78,10 @@ class Staged:
         return "" if self.plan is None else self.plan.text()
 
 
-def trace(model: nn.Module, inputs: dict[str, Any], shapes: AbstractContextManager[Any] | None = None) -> list[Traced]:
+def trace(
+    model: nn.Module, inputs: dict[str, Any], shapes: AbstractContextManager[Any] | None = None,
+    dynamic: bool | None = None,
+) -> list[Traced]:  # fmt: skip
     """All graphs of one call.
 
     The call runs the graphs as they are, so that code behind a graph break is traced as well; a model of shapes alone
@@ -86,6 +89,7 @@ def trace(model: nn.Module, inputs: dict[str, Any], shapes: AbstractContextManag
 
     Args:
         shapes: in what graphs of a model of shapes alone run (`torch_compat.shapes_only`).
+        dynamic: as in `torch.compile`: True leaves sizes open from the first call on.
     """
     found: list[Traced] = []
     cut = False
@@ -110,7 +114,7 @@ def trace(model: nn.Module, inputs: dict[str, Any], shapes: AbstractContextManag
     with torch.no_grad(), warnings.catch_warnings(), torch_compat.quiet():
         warnings.simplefilter("ignore")
         with suppress(_Traced):
-            torch.compile(model, backend=collect)(**inputs)
+            torch.compile(model, backend=collect, dynamic=dynamic)(**inputs)
     torch.compiler.reset()
     return found
 

@@ -71,6 +71,13 @@ def test_shapes_find_the_sites_that_weights_find(llama: Path) -> None:
     assert found[0] == found[1]
 
 
+def test_shapes_are_symbolic_where_sizes_are_left_open(llama: Path) -> None:
+    data = told("sites", llama, "--dynamic", "--hook", "post_block", "--layer", 1)
+    (site,) = data["sites"]
+    assert all(dim.startswith("s") for dim in site["shape"])
+    assert len(set(site["shape"])) == 2
+
+
 class ReadsNumbers(nn.Module):
     """A stream behind a graph break that needs a number."""
 

@@ -6,7 +6,10 @@ import json
 import re
 from xml.etree import ElementTree
 
+import networkx as nx
 import pytest
+import torch
+from torch import Tensor, nn
 
 from steer_compile import SteerSpec
 from steer_compile.debug.dot import dot, structure
@@ -145,7 +148,7 @@ def test_a_graph_without_a_stream_says_why() -> None:
 
 def test_a_parallel_block_says_which_hook_it_lacks() -> None:
     (line,) = draw("toy", traced("parallel_two_norms"), "find_sites").lines
-    assert all([miss.hook for miss in layer.misses] == ["layers.0.post_attn".split(".")[-1]] for layer in line.layers)
+    assert all([miss.hook for miss in layer.misses] == ["post_attn"] for layer in line.layers)
 
 
 def test_one_layer_of_a_drawing() -> None:
@@ -159,15 +162,37 @@ def test_one_layer_of_a_drawing() -> None:
         assert write(drawing.only(1))
 
 
+class Cut(nn.Module):
+    """A toy of four layers with a graph break in its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = make("prenorm_rmsnorm")
+        self.toy.layers.extend(make("prenorm_rmsnorm").layers[:1])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        layers = self.toy.layers
+        x = layers[1](layers[0](self.toy.start(ids), 0), 1)
+        torch._dynamo.graph_break()
+        return self.toy.finish(layers[3](layers[2](x, 2), 3))
+
+
 def test_a_model_cut_by_a_graph_break_has_several_lines() -> None:
-    drawing = draw("toy", traced("two_calls"), "find_sites")
-    assert drawing.summary()["graphs"] == len(drawing.lines)
+    model = Cut()
+    graphs = stage(trace(model, {"ids": model.toy.inputs()[0]}), SteerSpec(steer=("post_block",), max_tokens=64))
+    drawing = draw("toy", graphs)
+    assert [[layer.number for layer in line.layers] for line in drawing.lines] == [[0, 1], [2, 3]]
+    assert drawing.summary()["graphs"] == 2
+    assert drawing.summary()["steered"] == 4
+    assert [line.name for line in drawing.only(2).lines] == [drawing.lines[1].name]
     assert json.loads(json.dumps(drawing.plain()))["summary"]["model"] == "toy"
+    text = page(drawing)
+    assert text.count("<h2>graph ") == 2
+    numbers = re.findall(r'data-b="(\d+)"', text)
+    assert len(numbers) == len(set(numbers))
 
 
 def test_the_structure_is_one_way_from_the_first_stop_to_the_last() -> None:
-    import networkx as nx
-
     (line,) = draw("toy", staged("prenorm_rmsnorm")).lines
     graph = structure(line)
     assert nx.is_directed_acyclic_graph(graph)
