@@ -26,7 +26,11 @@ What the debugging commands print, as `python scripts/write_transcripts.py` ran 
 and `deepseek_v3` are bare configs of 70 and 671 billion parameters; nothing of them is downloaded or allocated. The
 guide is [debugging](debugging.md).
 
-`spec.json` is {spec}
+`plain.json` steers `post_block` and `attn_in` at every layer; `spec.json` is
+
+```json
+{spec}
+```
 """
 
 
@@ -59,7 +63,7 @@ def main() -> None:
             ("sites", Path(folder)),
             ("plan", file, DEMO, "--device", "cpu", "--text"),
         )
-        text = HEAD.format(spec=f"`{spec.to_json()}`; `plain.json` steers `post_block` and `attn_in` at every layer.")
+        text = HEAD.format(spec=spec.to_json())
         for command in commands:
             words = [str(word) for word in command]
             print("steer-compile", *words, flush=True)
@@ -78,7 +82,13 @@ def _block(words: list[str], folder: str) -> str:
     if len(lines) > LINES:
         lines = [*lines[: LINES - 8], f"... {len(lines) - LINES} lines left out", *lines[-8:]]
     shown = " ".join(words).replace(f"{folder}/", "").replace(folder, "an/empty/folder")
-    body = "\n".join(lines).replace(f"{folder}/", "").replace(folder, "an/empty/folder").replace(str(Path.cwd()), ".")
+    body = (
+        "\n".join(lines)
+        .replace(f"{folder}/", "")
+        .replace(folder, "an/empty/folder")
+        .replace(str(Path.cwd()), ".")
+        .replace(str(Path.home()), "~")
+    )
     return (
         f"\n## steer-compile {shown}\n\n```text\n{body}\n```\n\nExit code {done.returncode}, {took:.1f} s; the largest "
         f"process so far took {most:.2f} GiB.\n"
