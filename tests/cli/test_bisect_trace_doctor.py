@@ -5,38 +5,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from steer_compile import HookSelection, SteerSpec
+from steer_compile import SteerSpec
 from steer_compile.debug import checkup
 from steer_compile.passes import splice
 
 pytest.importorskip("transformers")
-from tests.cli._commands import graphs_read_once, refused, run, tiny_llama, told
+from tests.cli._commands import refused, run, told
 
-
-@pytest.fixture(autouse=True, scope="module")
-def traced_once() -> Iterator[None]:
-    with graphs_read_once():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> Path:
-    file = tmp_path / "spec.json"
-    steer = (HookSelection("post_block", [0, 2], ("add", "clamp")), HookSelection("mlp_out", [1]))
-    file.write_text(SteerSpec(steer=steer, capture=(HookSelection("post_attn", [1]),), max_tokens=64).to_json())
-    return file
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 # -- bisect ------------------------------------------------------------------------------------------------------------
@@ -49,8 +31,8 @@ def every(tmp_path: Path) -> Path:
     return file
 
 
-def test_bisect_finds_nothing_in_a_sound_splice(llama: Path, every: Path) -> None:
-    data = told("bisect", llama, every, "--inner", "eager")
+def test_bisect_finds_nothing_in_a_sound_splice(tiny: Path, every: Path) -> None:
+    data = told("bisect", tiny, every, "--inner", "eager")
     assert data["culprit"] == ""
     assert data["trials"][0]["difference"] < 1e-6
     assert len(data["trials"][0]["sites"]) == 4
@@ -66,14 +48,14 @@ def broken(name: str) -> Any:
     return apply
 
 
-def test_bisect_names_the_site_that_is_wrong(llama: Path, every: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bisect_names_the_site_that_is_wrong(tiny: Path, every: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splice._Splicer, "apply", broken("layers.1.mlp_out"))
-    data = told("bisect", llama, every, "--inner", "eager", code=1)
+    data = told("bisect", tiny, every, "--inner", "eager", code=1)
     assert data["culprit"] == "splice"
     assert data["sites"] == ["layers.1.mlp_out"]
 
 
-def test_bisect_names_the_compiler_that_is_wrong(llama: Path, every: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bisect_names_the_compiler_that_is_wrong(tiny: Path, every: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer_compile import torch_compat
 
     original = torch_compat.named_backend
@@ -85,7 +67,7 @@ def test_bisect_names_the_compiler_that_is_wrong(llama: Path, every: Path, monke
         return compiler
 
     monkeypatch.setattr(torch_compat, "named_backend", named)
-    data = told("bisect", llama, every, "--inner", "aot_eager", code=1)
+    data = told("bisect", tiny, every, "--inner", "aot_eager", code=1)
     assert data["culprit"] == "aot_eager"
     assert "it agrees under eager" in data["text"]
     assert len(data["sites"]) == 1
@@ -94,9 +76,9 @@ def test_bisect_names_the_compiler_that_is_wrong(llama: Path, every: Path, monke
 # -- trace -------------------------------------------------------------------------------------------------------------
 
 
-def test_trace_dumps_every_pass_and_reads_it_back(llama: Path, spec: Path, tmp_path: Path) -> None:
+def test_trace_dumps_every_pass_and_reads_it_back(tiny: Path, spec: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dumps"
-    data = told("trace", llama, "--spec", spec, "--out", folder)
+    data = told("trace", tiny, "--spec", spec, "--out", folder)
     (files,) = data["dumps"].values()
     assert [(f["step"], f["when"]) for f in files] == [
         ("find_sites", "before"), ("find_sites", "after"), ("plan_edits", "after"), ("lower_edits", "after"),
@@ -107,12 +89,12 @@ def test_trace_dumps_every_pass_and_reads_it_back(llama: Path, spec: Path, tmp_p
     assert files[5]["lines"] > files[4]["lines"]
     assert files[4]["reads"] == 0 < files[5]["reads"]
     assert told("trace", "--read", folder) == data
-    refused(run("trace", llama, "--out", folder), "DumpError", "not empty")
+    refused(run("trace", tiny, "--out", folder), "DumpError", "not empty")
 
 
-def test_damaged_dumps_are_refused(llama: Path, spec: Path, tmp_path: Path) -> None:
+def test_damaged_dumps_are_refused(tiny: Path, spec: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dumps"
-    told("trace", llama, "--spec", spec, "--out", folder)
+    told("trace", tiny, "--spec", spec, "--out", folder)
     file = next(folder.glob("*/05.splice.after.txt"))
     text = file.read_text()
     for damaged in (
@@ -129,10 +111,10 @@ def test_damaged_dumps_are_refused(llama: Path, spec: Path, tmp_path: Path) -> N
     refused(run("trace"), "DumpError", "nothing to do")
 
 
-def test_a_running_process_dumps_where_the_environment_says(llama: Path, tmp_path: Path) -> None:
+def test_a_running_process_dumps_where_the_environment_says(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import torch, transformers\nfrom steer_compile import SteerSpec, steer_backend\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(llama)!r})\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tiny)!r})\n"
         "with torch.no_grad():\n    torch.compile(model, backend=steer_backend(SteerSpec(steer=('post_block',)), "
         "inner='eager'))(input_ids=torch.tensor([[1, 2]]))\n"
     )

@@ -3,36 +3,18 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from steer_compile import HookSelection, SteerSpec
+from steer_compile import SteerSpec
 
 pytest.importorskip("transformers")
-from tests.cli._commands import graphs_read_once, refused, run, tiny_llama, told
+from tests.cli._commands import refused, run, told
 
-
-@pytest.fixture(autouse=True, scope="module")
-def traced_once() -> Iterator[None]:
-    with graphs_read_once():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> Path:
-    file = tmp_path / "spec.json"
-    steer = (HookSelection("post_block", [0, 2], ("add", "clamp")), HookSelection("mlp_out", [1]))
-    file.write_text(SteerSpec(steer=steer, capture=(HookSelection("post_attn", [1]),), max_tokens=64).to_json())
-    return file
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 def test_help_has_an_example_for_each_verb() -> None:
@@ -45,8 +27,8 @@ def test_help_has_an_example_for_each_verb() -> None:
 # -- models of shapes alone --------------------------------------------------------------------------------------------
 
 
-def test_a_config_of_a_huge_model_needs_no_memory(llama: Path, tmp_path: Path) -> None:
-    given = json.loads((llama / "config.json").read_text())
+def test_a_config_of_a_huge_model_needs_no_memory(tiny: Path, tmp_path: Path) -> None:
+    given = json.loads((tiny / "config.json").read_text())
     given |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 4, "vocab_size": 300_000}
     given |= {"num_attention_heads": 128, "num_key_value_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(given))
@@ -62,17 +44,17 @@ def test_a_config_of_a_huge_model_needs_no_memory(llama: Path, tmp_path: Path) -
     assert int(most) < 4 * 2**20  # kilobytes; the weights would be 46 GB
 
 
-def test_shapes_find_the_sites_that_weights_find(llama: Path) -> None:
+def test_shapes_find_the_sites_that_weights_find(tiny: Path) -> None:
     from steer_compile.cli.load import load
     from steer_compile.debug.tracing import trace
 
-    by_shapes, by_weights = load(str(llama), weights=False), load(str(llama))
+    by_shapes, by_weights = load(str(tiny), weights=False), load(str(tiny))
     found = [trace(m.model, m.inputs, m.shapes)[0].table.text() for m in (by_shapes, by_weights)]
     assert found[0] == found[1]
 
 
-def test_shapes_are_symbolic_where_sizes_are_left_open(llama: Path) -> None:
-    data = told("sites", llama, "--dynamic", "--hook", "post_block", "--layer", 1)
+def test_shapes_are_symbolic_where_sizes_are_left_open(tiny: Path) -> None:
+    data = told("sites", tiny, "--dynamic", "--hook", "post_block", "--layer", 1)
     (site,) = data["sites"]
     assert all(dim.startswith("s") for dim in site["shape"])
     assert len(set(site["shape"])) == 2
@@ -126,8 +108,8 @@ def test_a_module_that_does_not_compile_is_refused_with_the_users_line() -> None
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 
-def test_plan_says_edits_lowering_tables_and_bytes(llama: Path, spec: Path) -> None:
-    data = told("plan", spec, llama, "--tokens", 32, "--bandwidth", 2)
+def test_plan_says_edits_lowering_tables_and_bytes(tiny: Path, spec: Path) -> None:
+    data = told("plan", spec, tiny, "--tokens", 32, "--bandwidth", 2)
     (graph,) = data["graphs"]
     edits = {(e["layer"], e["hook"]): e for e in graph["edits"]}
     assert set(edits) == {(1, "post_attn"), (0, "post_block"), (2, "post_block"), (1, "mlp_out")}
@@ -137,53 +119,53 @@ def test_plan_says_edits_lowering_tables_and_bytes(llama: Path, spec: Path) -> N
     assert edits[1, "post_attn"]["active_bytes"] == 32 * 32 * 4
     assert edits[1, "post_attn"]["microseconds"] == pytest.approx(32 * 32 * 4 / 2e12 * 1e6, abs=1e-3)
     assert {bank["bytes"] for bank in graph["banks"]} >= {64 * 32 * 4}
-    on_cpu = told("plan", spec, llama, "--device", "cpu")["graphs"][0]["edits"]
+    on_cpu = told("plan", spec, tiny, "--device", "cpu")["graphs"][0]["edits"]
     assert {e["lowering"] for e in on_cpu} == {"compiler"}
     assert "Triton kernels run on cuda" in on_cpu[0]["why"]
 
 
-def test_plan_prints_its_own_text(llama: Path, spec: Path) -> None:
-    result = run("plan", spec, llama, "--text")
+def test_plan_prints_its_own_text(tiny: Path, spec: Path) -> None:
+    result = run("plan", spec, tiny, "--text")
     assert result.stdout.startswith("tokens: 64\nclamps: 4\nbank 0 capture: f32[1, 64, 32]")
-    assert "bytes of device memory" in run("plan", spec, llama).stdout
+    assert "bytes of device memory" in run("plan", spec, tiny).stdout
 
 
-def test_a_spec_for_what_is_not_there_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_a_spec_for_what_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "spec.json"
     file.write_text(SteerSpec(steer=("post_block",), layers=(7,)).to_json())
-    for arguments in (("plan", file, llama), ("diff", llama, "--spec", file), ("bisect", llama, file)):
+    for arguments in (("plan", file, tiny), ("diff", tiny, "--spec", file), ("bisect", tiny, file)):
         refused(run(*arguments), "SiteNotFound", "layers.7.post_block")
 
 
 # -- explain -----------------------------------------------------------------------------------------------------------
 
 
-def test_explain_a_site(llama: Path) -> None:
-    data = told("explain", "layers.1.post_block", llama)
+def test_explain_a_site(tiny: Path) -> None:
+    data = told("explain", "layers.1.post_block", tiny)
     assert data["text"].startswith("layers.1.post_block = ")
     assert "add(" in data["node"]["line"]
     assert "residual" in data["node"]["code"]
     assert data["node"]["module"] == "model.layers.1"
     assert {r["kind"] for r in data["readers"]} == {"redirected", "skip path"}
     assert data["path"]
-    same = told("explain", "blocks.1.hook_resid_post", llama)
+    same = told("explain", "blocks.1.hook_resid_post", tiny)
     assert same == data
-    assert told("explain", "layers.-2.post_block", llama) == data
-    assert "read by:" in run("explain", "1.post_block", llama).stdout
+    assert told("explain", "layers.-2.post_block", tiny) == data
+    assert "read by:" in run("explain", "1.post_block", tiny).stdout
 
 
-def test_explain_a_branch_input_says_which_reads_are_redirected(llama: Path) -> None:
-    data = told("explain", "0.mlp_in", llama)
+def test_explain_a_branch_input_says_which_reads_are_redirected(tiny: Path) -> None:
+    data = told("explain", "0.mlp_in", tiny)
     assert [r["kind"] for r in data["readers"]] == ["redirected"] * 2  # gate and up
 
 
-def test_explain_a_miss(llama: Path) -> None:
-    data = told("explain", "1.mhc_streams_pre_attn", llama, code=1)
+def test_explain_a_miss(tiny: Path) -> None:
+    data = told("explain", "1.mhc_streams_pre_attn", tiny, code=1)
     assert not data["found"]
     assert "parallel" in data["text"]
     assert data["near"]
     assert data["have"]["post_block"]
-    beyond = told("explain", "9.post_block", llama, code=1)
+    beyond = told("explain", "9.post_block", tiny, code=1)
     assert "layers 0 to 2" in beyond["text"]
 
 
@@ -193,42 +175,42 @@ def test_explain_a_model_without_a_stream() -> None:
 
 
 @pytest.mark.parametrize("name", ["post_block", "layers.x.post_block", "0.", "layers.1.post_blok"])
-def test_explain_refuses_what_is_no_site(llama: Path, name: str) -> None:
-    refused(run("explain", name, llama), "SpecError")
+def test_explain_refuses_what_is_no_site(tiny: Path, name: str) -> None:
+    refused(run("explain", name, tiny), "SpecError")
 
 
 # -- diff --------------------------------------------------------------------------------------------------------------
 
 
-def test_diff_of_a_pass(llama: Path, spec: Path) -> None:
-    data = told("diff", llama, "--spec", spec)
+def test_diff_of_a_pass(tiny: Path, spec: Path) -> None:
+    data = told("diff", tiny, "--spec", spec)
     assert data["ops"]["copy"] == {"before": 0, "after": 1}
     changed = [line for line in data["diff"] if line.startswith(("+%", "-%"))]
     assert any("steer_bank" in line for line in changed)
     assert not any("rotary" in line for line in changed)  # what the pass leaves alone is not in it
-    assert "operators" in run("diff", llama, "--spec", spec).stdout
+    assert "operators" in run("diff", tiny, "--spec", spec).stdout
 
 
-def test_diff_of_an_analysis_changes_no_operator(llama: Path, spec: Path) -> None:
-    data = told("diff", llama, "--spec", spec, "--pass", "find_sites")
+def test_diff_of_an_analysis_changes_no_operator(tiny: Path, spec: Path) -> None:
+    data = told("diff", tiny, "--spec", spec, "--pass", "find_sites")
     assert data["ops"] == {}
     assert any(line.startswith("+# layers.0.post_block = ") for line in data["diff"])
 
 
-def test_diff_of_two_specs_and_of_the_same_twice(llama: Path, spec: Path, tmp_path: Path) -> None:
+def test_diff_of_two_specs_and_of_the_same_twice(tiny: Path, spec: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(SteerSpec(steer=("post_block",), layers=(0,), max_tokens=64).to_json())
-    data = told("diff", llama, "--spec", other, "--spec", spec)
+    data = told("diff", tiny, "--spec", other, "--spec", spec)
     assert data["ops"]["copy"]["after"] == 1
-    assert told("diff", llama, "--spec", spec, "--spec", spec, code=1)["diff"] == []
+    assert told("diff", tiny, "--spec", spec, "--spec", spec, code=1)["diff"] == []
 
 
-def test_diff_refuses_a_pass_that_is_none(llama: Path, spec: Path) -> None:
-    refused(run("diff", llama, "--pass", "fuse"), "SpecError", "'fuse' is no pass", "lower_edits")
-    refused(run("diff", llama, *("--spec", spec) * 3), "SpecError", "3 specs")
+def test_diff_refuses_a_pass_that_is_none(tiny: Path, spec: Path) -> None:
+    refused(run("diff", tiny, "--pass", "fuse"), "SpecError", "'fuse' is no pass", "lower_edits")
+    refused(run("diff", tiny, *("--spec", spec) * 3), "SpecError", "3 specs")
 
 
 @pytest.mark.slow
-def test_diff_counts_kernels(llama: Path, spec: Path) -> None:
-    data = told("diff", llama, "--spec", spec, "--kernels")
+def test_diff_counts_kernels(tiny: Path, spec: Path) -> None:
+    data = told("diff", tiny, "--spec", spec, "--kernels")
     assert data["kernels"]["after"] >= data["kernels"]["before"] > 0
