@@ -60,8 +60,9 @@ def decode(
 
 
 @triton.jit
-def _of_picks(line, decoder, picks, cols, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum (BLOCK,) of the decoder's rows of the first ``picks`` listed features."""
+def _of_picks(line, decoder, cols, H: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum (BLOCK,) of the decoder's rows of the listed features: k, fewer, or more where some are NaN."""
+    picks = tl.sum((tl.load(line + tl.arange(0, PICKS)) >= 0).to(tl.int32), 0)
     FT: tl.constexpr = GATHERED // BLOCK if GATHERED // BLOCK > 1 else 1
     y = tl.zeros([BLOCK], tl.float32)
     for start in range(0, picks, FT):
@@ -150,7 +151,7 @@ def finish(
             if mode == 1:
                 y = tl.load(bias + slot * H + cols, mask=within, other=0.0)
                 if picks > 0:
-                    y += _of_picks(line, decoder + first * H, picks, cols, H, BLOCK)
+                    y += _of_picks(line, decoder + first * H, cols, H, BLOCK)
                 else:
                     for part in range(0, parts):
                         at_part = sums + far(part * tiles * BM + place, H)

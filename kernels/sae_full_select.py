@@ -177,13 +177,14 @@ def _picked(own, groups, line, k, F: tl.constexpr, BF: tl.constexpr, G: tl.const
     tl.store(line + PICKS + lane, tl.zeros([PICKS], tl.float32))
     largest, chosen, least = _chosen_groups(groups, k, F, G)
     if _are_listed(largest, chosen):
-        count = _list_groups(groups, chosen, G)
+        count = _list_groups(groups, chosen, G)  # it waits for what is stored above
         if count <= LISTED // 4:
             _pick_held(own, groups, line, count, k, least, LISTED // 4, F, G)
         else:
             _pick_held(own, groups, line, count, k, least, LISTED, F, G)
     else:
         low, rest, equal = _limit_of_all(own, k, F, BF)
+        tl.debug_barrier()
         _listed(own, line, low, rest, equal, F, BF, PICKS, True)
 
 

@@ -16,7 +16,8 @@ FEW_TILE, MANY_TILE = tl.constexpr(8192), tl.constexpr(4096)
 """Most numbers of features that are read at once, for few tokens and for many: registers that a program of the second
 kind takes for features are those of programs beside it, which mostly have none."""
 STREAMED, UNDER_WAY = tl.constexpr(16384), tl.constexpr(4)
-"""Bytes of a tile of all slots, and how many tiles are under way: what any GPU's shared memory holds."""
+"""Bytes of a tile of all slots, and how many tiles are under way: what any GPU's shared memory holds. Wider rows are
+listed."""
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def read_features(features, c, there, cols, H: tl.constexpr):
 def steered_by_features(x, codes, sae, sae_set, sae_clamp, r, factor, cols, H: tl.constexpr, BLOCK: tl.constexpr,
                         C: tl.constexpr, CP: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
     """A row in registers, moved by its clamped features, each of them read from the x that comes in."""
-    if FEW and CP >= 16:
+    if FEW and CP >= 16 and BLOCK * (sae.dtype.element_ty.primitive_bitwidth // 8) <= STREAMED:
         if count_of(codes) * 8 > C * 3:
             out = _by_all(x, codes, sae, sae_set, sae_clamp, r, factor, cols, H, BLOCK, C, CP)
         else:
@@ -82,7 +83,7 @@ def steered_by_features(x, codes, sae, sae_set, sae_clamp, r, factor, cols, H: t
 def _by_all(x, codes, sae, sae_set, sae_clamp, r, factor, cols, H: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
             CP: tl.constexpr):  # fmt: skip
     TILE: tl.constexpr = STREAMED // (sae.dtype.element_ty.primitive_bitwidth // 8)
-    FT: tl.constexpr = 1 if BLOCK > TILE else TILE // BLOCK if TILE // BLOCK < CP else CP
+    FT: tl.constexpr = TILE // BLOCK if TILE // BLOCK < CP else CP
     mean, deviation = moments(x, cols < H, H)
     slot = tl.arange(0, CP)
     line = sae_clamp + tl.full((), 2 * C, tl.int64) * r

@@ -7,6 +7,7 @@ Run it from the repository root, in the environment of `make test`. Times and me
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -82,13 +83,8 @@ def _block(words: list[str], folder: str) -> str:
     if len(lines) > LINES:
         lines = [*lines[: LINES - 8], f"... {len(lines) - LINES} lines left out", *lines[-8:]]
     shown = " ".join(words).replace(f"{folder}/", "").replace(folder, "an/empty/folder")
-    body = (
-        "\n".join(lines)
-        .replace(f"{folder}/", "")
-        .replace(folder, "an/empty/folder")
-        .replace(str(Path.cwd()), ".")
-        .replace(str(Path.home()), "~")
-    )
+    body = "\n".join(lines).replace(f"{folder}/", "").replace(folder, "an/empty/folder").replace(str(Path.cwd()), ".")
+    body = re.sub(r"torchinductor_\w+", "torchinductor_you", body.replace(str(Path.home()), "~"))
     return (
         f"\n## steer-compile {shown}\n\n```text\n{body}\n```\n\nExit code {done.returncode}, {took:.1f} s; the largest "
         f"process so far took {most:.2f} GiB.\n"

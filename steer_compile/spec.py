@@ -39,6 +39,8 @@ PATCHES = 64
 """Rows that a site can be patched with at once, where the spec does not say how many."""
 FEATURES = 64
 """Features that may be clamped at a site, where the spec does not say how many."""
+MAX_TOP_FEATURES = 1024
+"""Most features of a token that are put in order."""
 SAES = {"saes": 1, "sae_features": 16384, "sae_tokens": 256, "top_features": 16}
 """Room for whole autoencoders at a site, where the spec does not say how much."""
 CAPTURE_GROUPS = 64
@@ -111,6 +113,10 @@ def _capacities(rows: object, max_tokens: object, options: Mapping[str, Any]) ->
     some = {"clamps": 4, "sequences": SEQUENCES, "hidden": HIDDEN, "patches": PATCHES, "features": FEATURES, **SAES}
     found = {"rows": _capacity("rows", rows), "max_tokens": _capacity("max_tokens", max_tokens)}
     found |= {name: _capacity(name, options.get(name, default)) for name, default in some.items()}
+    if found["top_features"] > MAX_TOP_FEATURES:
+        raise SpecError(
+            f"top_features={found['top_features']} is more than {MAX_TOP_FEATURES}, the most that are ordered"
+        )
     return found | {name: _capacity(name, options.get(name, default), 0) for name, default in none.items()}
 
 

@@ -52,6 +52,9 @@ def diff(
         list[Path] | None, typer.Option(help="SteerSpec; twice: what the second changes against the first.")
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="Lines around each change.")] = 2,
+    device: Annotated[
+        str, typer.Option(help="Kind of device to plan for, cuda or cpu; with --kernels the one that is here.")
+    ] = "cuda",
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Compile both and count kernels; reads the weights.")
     ] = False,
@@ -68,11 +71,14 @@ def diff(
     given = [read_spec(path) for path in spec or ()]
     if len(given) > 2:
         raise SpecError(f"{len(given)} specs were given; diff compares one with the model, or two with each other")
+    if len(given) == 2 and step != "splice":
+        raise SpecError(f"two specs are compared behind splice, so --pass {step} means nothing; leave it out")
     with progress(None) as tell:
         tell("tracing the model", 0)
         loaded, graphs = read_graphs(model)
         specs = given or [default_spec(joined(graphs), loaded.inputs)]
-        change = _two(graphs, specs) if len(specs) == 2 else _one(graphs, specs[0], step)
+        device = "" if kernels else device
+        change = _two(graphs, specs, device) if len(specs) == 2 else _one(graphs, specs[0], step, device)
         if kernels:
             tell("compiling both", 0)
             change = _counted(load(model), specs, change)
@@ -83,18 +89,18 @@ def diff(
     raise typer.Exit(0 if change.before != change.after else 1)
 
 
-def _one(graphs: list[Traced], spec: SteerSpec, step: str) -> Change:
-    staged = stage(graphs, spec)
+def _one(graphs: list[Traced], spec: SteerSpec, step: str, device: str) -> Change:
+    staged = stage(graphs, spec, device)
     front = PASSES[PASSES.index(step) - 1]
-    texts = ["".join(made.text_after(name, True) for made in staged) for name in (front, step)]
+    texts = ["".join(made.report_after(name) for made in staged) for name in (front, step)]
     counts = [
         sum((op_counts(made.graph_after(name).graph) for made in staged), Counter[str]()) for name in (front, step)
     ]
     return Change(texts[0], texts[1], counts[0], counts[1], (f"before {step}", f"after {step}"))
 
 
-def _two(graphs: list[Traced], specs: list[SteerSpec]) -> Change:
-    both = [[made.gm.graph for made in stage(graphs, spec)] for spec in specs]
+def _two(graphs: list[Traced], specs: list[SteerSpec], device: str) -> Change:
+    both = [[made.gm.graph for made in stage(graphs, spec, device)] for spec in specs]
     texts = ["".join(canonical_text(graph, True) for graph in made) for made in both]
     counts = [sum((op_counts(graph) for graph in made), Counter[str]()) for made in both]
     return Change(texts[0], texts[1], counts[0], counts[1], ("first spec", "second spec"))

@@ -16,7 +16,9 @@ from steer_compile.ir import Site
 
 
 def explain(
-    site: Annotated[str, typer.Argument(help="Site, such as layers.3.post_block; layer -1 is the last, * is any.")],
+    site: Annotated[
+        str, typer.Argument(help="Site, such as layers.3.post_block; layer -1 is the last, * the first that has it.")
+    ],
     model: Annotated[str, typer.Argument(help="Hugging Face directory, config.json, or module:function.")],
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:

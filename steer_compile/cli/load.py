@@ -54,7 +54,7 @@ def load(
     """
     path = Path(text).expanduser()
     if not path.exists() and ":" in text:
-        return _from_function(text)
+        return _from_function(text, tokens)
     if not path.exists():
         raise CheckpointError(
             f"{text} does not exist; give a local Hugging Face model directory, a config.json or module:function "
@@ -163,7 +163,7 @@ def _from_config(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     return model
 
 
-def _from_function(text: str) -> Loaded:
+def _from_function(text: str, tokens: tuple[int, int]) -> Loaded:
     module_name, _, name = text.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -181,7 +181,7 @@ def _from_function(text: str) -> Loaded:
         raise CheckpointError(
             f"{text} returned {type(inputs).__name__} beside the model; return a dict of keyword arguments"
         )
-    return Loaded(text, _ready(model), inputs if inputs is not None else example_inputs(model))
+    return Loaded(text, _ready(model), inputs if inputs is not None else example_inputs(model, tokens))
 
 
 def example_inputs(model: nn.Module, tokens: tuple[int, int] = _TOKENS) -> dict[str, Any]:

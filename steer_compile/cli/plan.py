@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,8 @@ def plan(
         step("planning", 0)
         staged = [made for made in stage(graphs, wanted, device) if made.plan is not None]
     found = [costs(made.plan, tokens) for made in staged if made.plan is not None]
+    for line in _beside(staged, tokens, wanted.max_tokens):
+        notes().print(line, highlight=False)
     if as_json:
         print_json(_plain(loaded, staged, found, tokens, bandwidth))
     elif text:
@@ -49,6 +52,16 @@ def plan(
             typer.echo(made.plan.text() if made.plan is not None else "")
     else:
         _print(loaded, staged, found, tokens, bandwidth)
+
+
+def _beside(staged: list[Staged], tokens: int, most: int) -> list[str]:
+    """What differs from a step of ``tokens`` tokens in what was traced and in what may run."""
+    dims = [dim for made in staged[:1] for dim in made.traced.table.sites[0].shape]
+    traced = math.prod(dim for dim in dims if isinstance(dim, int))
+    lines = [] if traced == tokens else [f"lowerings are chosen for the {traced} tokens of the model's own example"]
+    if tokens > most:
+        lines.append(f"a call of {tokens} tokens is refused at run time: the spec has max_tokens={most}")
+    return lines
 
 
 def _us(cost: Cost, bandwidth: float) -> float:

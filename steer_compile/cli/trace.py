@@ -33,7 +33,9 @@ def trace(
     slots: Annotated[bool, typer.Option("--slots", help="Say who owns each of Inductor's slots for a pass.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Write the graph in front of and behind every pass to a folder, and to torch's structured trace (TORCH_TRACE).
+    """Write the graph behind every pass to a folder, and to torch's structured trace (TORCH_TRACE).
+
+    Of the first pass and of the one that changes the graph there is the graph in front as well.
 
     A process that runs already is started again with STEER_COMPILE_TRACE=FOLDER; its workers write there as well.
 

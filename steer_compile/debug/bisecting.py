@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from steer_compile import torch_compat
 from steer_compile.backend import steer_backend
 from steer_compile.debug.tracing import Traced, trace
-from steer_compile.errors import SteerError
+from steer_compile.errors import SpecError
 from steer_compile.hooks import is_stream_hook
 from steer_compile.ir import Site
 from steer_compile.passes.plan_edits import select_sites
@@ -63,6 +63,17 @@ class Verdict:
     text: str
 
 
+def difference_of(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference relative to the largest number; infinite where other places are infinite or NaN."""
+    finite = wanted.isfinite()
+    odd = got[~finite].nan_to_num(7.0, 8.0, 9.0), wanted[~finite].nan_to_num(7.0, 8.0, 9.0)
+    if got.shape != wanted.shape or not torch.equal(got.isfinite(), finite) or not torch.equal(*odd):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    return float((got[finite] - wanted[finite]).abs().max() / wanted[finite].abs().max().clamp_min(1e-12))
+
+
 def run_once(model: nn.Module, inputs: dict[str, Any], spec: SteerSpec, inner: str) -> None:
     """Compile a model with a spec, and call it once with nothing steered."""
     torch.compiler.reset()
@@ -89,6 +100,10 @@ class Bisection:
         self._tolerance, self._tell = tolerance, tell
         self._graphs = trace(model, inputs)
         self._found = _steered(self._graphs, spec)
+        if not self._found:
+            raise SpecError(
+                "the spec steers nothing in this model, so there is nothing to bisect; give it a steer hook"
+            )
         self._vectors = self._draw()
         self.trials: list[Trial] = []
 
@@ -139,8 +154,9 @@ class Bisection:
         self._tell(f"{inner}, {lowering}, {len(sites)} sites")
         try:
             difference, error = self._difference(inner, lowering, sites), ""
-        except (SteerError, RuntimeError, AssertionError) as raised:
-            difference, error = float("inf"), f"{type(raised).__name__}: {str(raised).splitlines()[0]}"
+        except (RuntimeError, AssertionError) as raised:  # what is refused is no wrong number: a SteerError passes
+            lines = str(raised).strip().splitlines()
+            difference, error = float("inf"), f"{type(raised).__name__}: {lines[0] if lines else 'no message'}"
         self.trials.append(Trial(inner, lowering, sites, difference, error))
         return difference <= self._tolerance
 
@@ -148,9 +164,7 @@ class Bisection:
         vectors = {site: self._vectors[site] for site in sites}
         wanted = self._judged(vectors)
         got = self._compiled(inner, lowering, vectors)
-        if not bool(got.isfinite().all()):
-            return float("inf")
-        return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+        return difference_of(got, wanted)
 
     def _compiled(self, inner: str, lowering: str, vectors: dict[SiteKey, Tensor]) -> Tensor:
         torch.compiler.reset()
@@ -174,7 +188,9 @@ class Bisection:
         def judge(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             name = torch_compat.compile_id()
             sites = [s for key, found in self._found.items() if key in vectors for graph, s in found if graph == name]
-            adds = {s.node: (s, vectors[s.hook, s.layer]) for s in sites}
+            adds: dict[str, list[tuple[Site, Tensor]]] = {}
+            for site in sites:  # two hooks may be at one value, such as the end of a block and the entry of the next
+                adds.setdefault(site.node, []).append((site, vectors[site.hook, site.layer]))
             return lambda *args: Judge(gm, adds).run(*args)
 
         torch.compiler.reset()
@@ -207,12 +223,12 @@ class Judge(fx.Interpreter):
     """Runs a graph node by node, and adds vectors to the values of sites.
 
     Args:
-        adds: by node, the site and what is added to its value: for every later read, or those of the site's users.
+        adds: by node, its sites and what is added for each: for every later read, or for those of the site's users.
         lengths: gets the mean length of the rows of each value.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, adds: dict[str, tuple[Site, Tensor]], lengths: dict[str, float] | None = None
+        self, gm: fx.GraphModule, adds: dict[str, list[tuple[Site, Tensor]]], lengths: dict[str, float] | None = None
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self._adds, self._lengths = adds, lengths
@@ -228,12 +244,14 @@ class Judge(fx.Interpreter):
             self._lengths[n.name] = float(result.detach().float().norm(dim=-1).mean())
         if n.name not in self._adds:
             return result
-        site, vector = self._adds[n.name]
-        steered = (result.float() + vector.to(result.device)).to(result.dtype)
-        if site.users is None:
-            return result.copy_(steered)  # aliases of it read the new value as well
-        for user in site.users:
-            self._edited.setdefault(user, {})[n] = steered
+        given = [(site.users, vector.to(result.device)) for site, vector in self._adds[n.name]]
+        for_all = sum((vector for users, vector in given if users is None), torch.zeros_like(given[0][1]))
+        wide = result.float() + for_all
+        if any(users is None for users, _ in given):
+            result.copy_(wide)  # aliases of it read the new value as well
+        for user in {user for users, _ in given for user in users or ()}:
+            own = sum((vector for users, vector in given if users and user in users), torch.zeros_like(for_all))
+            self._edited.setdefault(user, {})[n] = (wide + own).to(result.dtype)
         return result
 
 

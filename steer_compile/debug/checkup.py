@@ -59,6 +59,9 @@ def check_up(skips: Sequence[str] | None = None) -> list[Finding]:
 
 def skips_of(model: nn.Module, inputs: dict[str, Any], spec: SteerSpec) -> list[str]:
     """Why graphs of a steered model run without CUDA graphs: it is compiled and called as with ``reduce-overhead``."""
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+        inputs = {key: v.to("cuda") if isinstance(v, torch.Tensor) else v for key, v in inputs.items()}
     torch.compiler.reset()
     with torch.no_grad(), warnings.catch_warnings(), torch_compat.cudagraph_skips() as lines:
         warnings.simplefilter("ignore")

@@ -91,6 +91,8 @@ def read_dumps(folder: Path) -> dict[str, list[DumpFile]]:
         named = _FILE.fullmatch(path.name)
         if named is not None:
             found.setdefault(path.parent.name, []).append(_read(path, int(named[1]), named[2], named[3]))
+    for files in found.values():
+        files.sort(key=lambda file: file.number)
     if not found:
         raise DumpError(f"{folder} holds no dumps; write some with `steer-compile trace MODEL --out {folder}`")
     return found

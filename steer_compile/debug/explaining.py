@@ -13,7 +13,7 @@ from torch import fx
 
 from steer_compile.canon import canonical_lines
 from steer_compile.debug.tracing import Traced
-from steer_compile.errors import SpecError
+from steer_compile.errors import SiteNotFound, SpecError
 from steer_compile.hooks import parse_hook
 from steer_compile.ir import Miss, Site
 from steer_compile.passes.dataflow import Dataflow, build_dataflow, dtype_of, module_path, op_name
@@ -80,8 +80,10 @@ def parse_site(text: str) -> tuple[str, int | None]:
 
 def explain(graphs: Sequence[Traced], hook: str, layer: int | None) -> Explanation:
     """The explanation of a site; negative layers count from the last of all graphs."""
+    if not graphs:
+        raise SiteNotFound("no graph of the model was compiled: its forward runs no operator on a tensor; see the code")
     layers = sorted({number for traced in graphs for number in traced.table.layers})
-    if layer is not None and layer < 0 and layers:
+    if layer is not None and layer < 0 and layers and layer + layers[-1] >= -1:
         layer += layers[-1] + 1
     for traced in graphs:
         found = _find(traced, hook, layer)
@@ -96,8 +98,11 @@ def explain(graphs: Sequence[Traced], hook: str, layer: int | None) -> Explanati
 def _find(traced: Traced, hook: str, layer: int | None) -> Site | Miss:
     if layer is not None:
         return traced.table.find(hook, layer)
+    first = next((site for site in traced.table.sites if site.hook == hook), None)
+    if first is not None:
+        return first
     whole = [m for m in traced.table.misses if m.layer is None and m.hook in (hook, "*")]
-    return whole[0] if whole else Miss(None, hook, "name a layer: the graph has a residual stream")
+    return whole[0] if whole else Miss(None, hook, "no layer has such a value")
 
 
 def _views(traced: Traced) -> Mapping[str, NodeView]:

@@ -58,11 +58,13 @@ class Staged:
     Attributes:
         plan: None for a graph in which the spec names nothing.
         gm: the copy, spliced where there is a plan.
+        planned: the plan in front of the choice of lowerings.
     """
 
     traced: Traced
     plan: Plan | None
     gm: fx.GraphModule
+    planned: Plan | None = None
 
     def graph_after(self, step: str) -> fx.GraphModule:
         """The graph behind the pass ``step`` of `PASSES`."""
@@ -70,12 +72,19 @@ class Staged:
 
     def text_after(self, step: str, named: bool = False) -> str:
         """Canonical text of the graph behind a pass, with what an analysis found in front of it."""
-        found = {"find_sites": self.traced.table.text(), "plan_edits": self._planned(), "lower_edits": self._planned()}
-        header = "".join(f"# {line}\n" for line in found.get(step, "").splitlines())
-        return header + canonical_text(self.graph_after(step).graph, named)
+        return self._notes(step) + canonical_text(self.graph_after(step).graph, named)
 
-    def _planned(self) -> str:
-        return "" if self.plan is None else self.plan.text()
+    def report_after(self, step: str) -> str:
+        """Everything that is known behind a pass: what the passes up to it found, and the graph by names of nodes."""
+        known = PASSES[: PASSES.index(step) + 1]
+        last = next((name for name in reversed(known) if name in ("plan_edits", "lower_edits")), "")
+        notes = "".join(self._notes(name) for name in known if name in ("find_sites", last))
+        return notes + canonical_text(self.graph_after(step).graph, True)
+
+    def _notes(self, step: str) -> str:
+        """What an analysis found, as comments."""
+        found = {"find_sites": self.traced.table, "plan_edits": self.planned, "lower_edits": self.plan}.get(step)
+        return "" if found is None else "".join(f"# {line}\n" for line in found.text().splitlines())
 
 
 def trace(
@@ -132,15 +141,16 @@ def stage(graphs: Sequence[Traced], spec: SteerSpec, device: str = "") -> list[S
     made = []
     for traced in graphs:
         gm = copied(traced.gm)
-        plan = None
+        plan = planned = None
         if traced.table.sites:
             with opened_sums(gm):
-                plan = plan_edits(spec, traced.table, banks)
+                plan = planned = plan_edits(spec, traced.table, banks)
                 if plan.edits:
                     plan = lower_edits(plan, gm, spec.lowering, device)
                     splice(gm, plan)
                     banks = plan.banks
-        made.append(Staged(traced, plan if plan is not None and plan.edits else None, gm))
+        there = plan is not None and bool(plan.edits)
+        made.append(Staged(traced, plan if there else None, gm, planned if there else None))
     if not any(staged.plan for staged in made):
         reasons = [miss.reason for traced in graphs for miss in traced.table.misses]
         raise _nothing(reasons)

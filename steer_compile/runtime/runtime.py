@@ -182,9 +182,10 @@ class Runtime(Calls):
 
         for reason in filter(None, map(torch_compat.gave_up, self.functions)):
             raise NotSteered(
-                f"some calls may not have been {what}: Dynamo has given up recompiling the model ({reason}), and runs "
-                "its original code for other sizes; compile with dynamic=True, pad to a few sizes, or raise "
-                "torch._dynamo.config.recompile_limit, and call torch.compiler.reset()"
+                f"some calls may not have been {what}: Dynamo has given up recompiling the model's forward, or that of "
+                f"another model of its class ({reason}), and runs the original code for other sizes; compile with "
+                "dynamic=True, pad to a few sizes, or raise torch._dynamo.config.recompile_limit, and call "
+                "torch.compiler.reset()"
             )
 
     def check_complete(self) -> None:

@@ -1,11 +1,12 @@
-"""A tiny Llama and a spec for it, for the commands that look at graphs."""
+"""A tiny Llama and a spec for it, for the commands that look at graphs.
+
+The package is imported inside of fixtures: this file may be read before Triton's interpreter is chosen.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from steer_compile import HookSelection, SteerSpec
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
+    from steer_compile import HookSelection, SteerSpec
+
     file = tmp_path / "spec.json"
     steer = (HookSelection("post_block", [0, 2], ("add", "clamp")), HookSelection("mlp_out", [1]))
     file.write_text(SteerSpec(steer=steer, capture=(HookSelection("post_attn", [1]),), max_tokens=64).to_json())

@@ -13,6 +13,7 @@ import torch
 
 from steer_compile import SteerSpec
 from steer_compile.debug import checkup
+from steer_compile.debug.bisecting import difference_of
 from steer_compile.passes import splice
 
 pytest.importorskip("transformers")
@@ -36,6 +37,31 @@ def test_bisect_finds_nothing_in_a_sound_splice(tiny: Path, every: Path) -> None
     assert data["culprit"] == ""
     assert data["trials"][0]["difference"] < 1e-6
     assert len(data["trials"][0]["sites"]) == 4
+
+
+def test_bisect_of_two_hooks_at_one_value(tiny: Path, tmp_path: Path) -> None:
+    """The end of a block is the entry of the next: both vectors are added there."""
+    file = tmp_path / "both.json"
+    file.write_text(SteerSpec(steer=("pre_attn", "post_block"), max_tokens=64).to_json())
+    assert told("bisect", tiny, file, "--inner", "eager")["culprit"] == ""
+
+
+def test_bisect_ends_with_a_refusal_where_the_model_cannot_run(tiny: Path, tmp_path: Path) -> None:
+    few, none = tmp_path / "few.json", tmp_path / "none.json"
+    few.write_text(SteerSpec(steer=("post_block",), max_tokens=8).to_json())
+    none.write_text(SteerSpec(capture=("post_block",), max_tokens=64).to_json())
+    refused(run("bisect", tiny, few, "--inner", "eager"), "TooManyTokens")
+    refused(run("bisect", tiny, none, "--inner", "eager"), "SpecError", "steers nothing")
+
+
+def test_differences_of_numbers_that_are_none() -> None:
+    inf, nan = torch.inf, torch.nan
+    some = torch.tensor([1.0, -inf, nan, 4.0])
+    assert difference_of(some, some.clone()) == 0
+    assert difference_of(torch.tensor([1.0, -inf, nan, 3.0]), some) == 0.25
+    for other in ([1.0, inf, nan, 4.0], [1.0, -inf, 2.0, 4.0], [nan, -inf, nan, 4.0], [1.0, nan, -inf, 4.0]):
+        assert difference_of(torch.tensor(other), some) == inf
+    assert difference_of(torch.full((2,), nan), torch.full((2,), nan)) == 0
 
 
 def broken(name: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,21 @@ def test_plan_says_edits_lowering_tables_and_bytes(tiny: Path, spec: Path) -> No
     assert "Triton kernels run on cuda" in on_cpu[0]["why"]
 
 
+def test_plan_says_what_differs_from_the_step(tiny: Path, spec: Path) -> None:
+    result = run("plan", spec, "tests.cli.test_debug_commands:of_six_tokens", "--tokens", 32)
+    assert "the 6 tokens of the model's own example" in result.stderr
+    assert "max_tokens=64" in run("plan", spec, tiny, "--tokens", 128).stderr
+
+
+def of_six_tokens() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+    )
+    return transformers.LlamaForCausalLM(config), {"input_ids": torch.ones(1, 6, dtype=torch.long)}
+
+
 def test_plan_prints_its_own_text(tiny: Path, spec: Path) -> None:
     result = run("plan", spec, tiny, "--text")
     assert result.stdout.startswith("tokens: 64\nclamps: 4\nbank 0 capture: f32[1, 64, 32]")
@@ -159,6 +175,24 @@ def test_explain_a_branch_input_says_which_reads_are_redirected(tiny: Path) -> N
     assert [r["kind"] for r in data["readers"]] == ["redirected"] * 2  # gate and up
 
 
+def test_explain_any_layer(tiny: Path) -> None:
+    assert told("explain", "layers.*.post_block", tiny)["text"].startswith("layers.0.post_block = ")
+    assert "no layer has" in told("explain", "*.mhc_streams_pre_attn", tiny, code=1)["text"]
+    assert "layers.-9." in told("explain", "layers.-9.post_block", tiny, code=1)["text"]
+
+
+def no_operator() -> tuple[nn.Module, dict[str, Any]]:
+    class Constant(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[int]:
+            return [1]
+
+    return Constant(), {"x": torch.ones(2)}
+
+
+def test_a_model_without_a_graph_is_refused() -> None:
+    refused(run("explain", "0.post_block", f"{__name__}:no_operator"), "SiteNotFound", "no graph")
+
+
 def test_explain_a_miss(tiny: Path) -> None:
     data = told("explain", "1.mhc_streams_pre_attn", tiny, code=1)
     assert not data["found"]
@@ -183,7 +217,7 @@ def test_explain_refuses_what_is_no_site(tiny: Path, name: str) -> None:
 
 
 def test_diff_of_a_pass(tiny: Path, spec: Path) -> None:
-    data = told("diff", tiny, "--spec", spec)
+    data = told("diff", tiny, "--spec", spec, "--device", "cpu")
     assert data["ops"]["copy"] == {"before": 0, "after": 1}
     changed = [line for line in data["diff"] if line.startswith(("+%", "-%"))]
     assert any("steer_bank" in line for line in changed)
@@ -197,11 +231,22 @@ def test_diff_of_an_analysis_changes_no_operator(tiny: Path, spec: Path) -> None
     assert any(line.startswith("+# layers.0.post_block = ") for line in data["diff"])
 
 
+def test_diff_of_the_choice_of_lowerings(tiny: Path, spec: Path) -> None:
+    data = told("diff", tiny, "--spec", spec, "--pass", "lower_edits")
+    assert any(line.startswith("+#") and "by template" in line for line in data["diff"])
+    assert not any(line.startswith(("+%", "-%")) for line in data["diff"])
+    on_cpu = told("diff", tiny, "--spec", spec, "--pass", "lower_edits", "--device", "cpu", code=1)
+    assert on_cpu["diff"] == []
+    planned = told("diff", tiny, "--spec", spec, "--pass", "plan_edits")["diff"]
+    assert all(line.startswith("+") for line in planned if not line.startswith((" ", "@", "---")))
+
+
 def test_diff_of_two_specs_and_of_the_same_twice(tiny: Path, spec: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(SteerSpec(steer=("post_block",), layers=(0,), max_tokens=64).to_json())
-    data = told("diff", tiny, "--spec", other, "--spec", spec)
+    data = told("diff", tiny, "--spec", other, "--spec", spec, "--device", "cpu")
     assert data["ops"]["copy"]["after"] == 1
+    refused(run("diff", tiny, "--spec", other, "--spec", spec, "--pass", "find_sites"), "SpecError", "leave it out")
     assert told("diff", tiny, "--spec", spec, "--spec", spec, code=1)["diff"] == []
 
 

@@ -182,6 +182,16 @@ def test_topk_of_many_features(k: int, count: int, whole: bool) -> None:
     assert bool(got[1:].isfinite().all())
 
 
+def test_features_that_are_nan_are_decoded_however_many_there_are() -> None:
+    a = wide_topk(3, 64, False)
+    a.encoder[60:, 0] = torch.nan
+    got, _ = run(a)
+    exact, _ = reference_fp64(a)
+    decoded = a.row_set[a.rows, 1] == 1
+    assert bool(exact[decoded].isnan().all())
+    assert bool(got[decoded].isnan().all())
+
+
 @pytest.mark.parametrize("rows", [[0] * 5, [1] * 5, [5] * 5, [2] * 3, [], [3, 3]], ids=str)
 def test_none_all_and_no_tokens(rows: list[int]) -> None:
     a = packed([tiny(ReLU()), tiny(TopK(4), seed=9)], torch.tensor(rows, dtype=torch.int32))
