@@ -23,7 +23,7 @@ from steer_compile.errors import DumpError
 
 FACTORS, GRAPH, ARTIFACT, KERNELS = "cache_key_factors.json", "computation_graph.py", "model", "inductor_cache"
 _CALL = re.compile(r"torch\.ops\.steer_compile\.(\w+)")
-_TABLE = re.compile(r"\bsteer_(?:bank_\d+(?:_\d+)?|rows|scale|gain|decode|slot)\b")
+_TABLE = re.compile(r"steer_(?:bank_\d+(?:_\d+)?|rows|scale|gain|decode|slot)(?=_?\b)")
 _PIECE = re.compile(r"^    class submod_\d+", re.MULTILINE)
 
 
@@ -86,7 +86,9 @@ def _graphs(folder: Path) -> Iterator[Entry]:
                 raise DumpError(f"the dump {path} is damaged: it holds no graph; delete it, and vLLM compiles again")
             continue
         key, part = _place(folder, path)
-        tables, calls = len(set(_TABLE.findall(text))), dict(Counter(_CALL.findall(text)))
+        # what is in a signature alone, or renamed, is not read
+        read = "\n".join(line for line in text.splitlines() if "(" in line and "def forward" not in line)
+        tables, calls = len(set(_TABLE.findall(read))), dict(Counter(_CALL.findall(text)))
         yield Entry(path, key, part, "graph", len(_PIECE.findall(text)), tables, calls, _hashes(path.parent / FACTORS))
 
 

@@ -162,8 +162,10 @@ def cache(folder: Path, graph: str, factors: str = '{"config_hash": "ab", "env":
 
 GRAPH = """from __future__ import annotations
 class GraphModule(torch.nn.Module):
-    def forward(self, steer_bank_0_1, steer_rows):
-        x = torch.ops.steer_compile.site.default(steer_bank_0_1, steer_rows)
+    def forward(self, L_self_buffers_steer_compile_steer_bank_0_1_: "f32[11, 64]", L_steer_gain_: "f32[256]"):
+        l_self_buffers_steer_compile_steer_bank_0_1_ = L_self_buffers_steer_compile_steer_bank_0_1_
+        l_self_buffers_steer_compile_steer_gain_ = L_steer_gain_
+        x = torch.ops.steer_compile.site.default(l_self_buffers_steer_compile_steer_bank_0_1_, steer_rows)
     class submod_0(torch.nn.Module):
         pass
     class submod_1(torch.nn.Module):
