@@ -125,7 +125,7 @@ def _print(loaded: Loaded, table: SiteTable, chosen: SiteTable, missing: list[Mi
     if not missing:
         return
     if chosen.sites and not every:
-        out.print(f"{len(missing)} hooks have no value; --misses says why")
+        out.print(f"without a value: {_counted(len(missing), 'hook')}; --misses says why")
         return
     why = Table(title="without a value", title_justify="left")
     for name in ("layer", "hook", "reason", "near"):
