@@ -82,6 +82,8 @@ def untraceable(error: BaseException) -> str:
     head, _, user = str(error).partition("from user code:")
     lines = [line.strip() for line in head.splitlines() if line.strip()]
     told = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation:")), "")
+    if len(lines) > 1 and lines[0].endswith(":"):  # a backend's own error is in the next line
+        lines[0] += f" {lines[1]}"
     frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', user)
     where = " at {}:{}: {}".format(*frames[-1]) if frames else ""
     return f"{lines[0] if lines else type(error).__name__}{where}{f' ({told[:300]})' if told else ''}"

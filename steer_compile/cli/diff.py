@@ -14,7 +14,7 @@ from rich.table import Table
 from steer_compile.canon import canonical_text
 from steer_compile.cli.graphs import read_graphs
 from steer_compile.cli.load import Loaded, load
-from steer_compile.cli.output import JSON_HELP, console, notes, print_json, progress
+from steer_compile.cli.output import DEVICE_HELP, JSON_HELP, check_device, console, notes, print_json, progress
 from steer_compile.cli.sites import joined
 from steer_compile.cli.verify import default_spec, read_spec
 from steer_compile.debug.kernels import compiled_kernels
@@ -53,7 +53,7 @@ def diff(
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="Lines around each change.")] = 2,
     device: Annotated[
-        str, typer.Option(help="Kind of device to plan for, cuda or cpu; with --kernels the one that is here.")
+        str, typer.Option(help=f"{DEVICE_HELP} With --kernels it is the one that is here.", callback=check_device)
     ] = "cuda",
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Compile both and count kernels; reads the weights.")

@@ -14,6 +14,7 @@ from steer_compile.cli.load import load
 from steer_compile.cli.output import JSON_HELP, console, print_json, progress
 from steer_compile.cli.verify import read_spec
 from steer_compile.debug.checkup import FAULT, NOTE, check_up, skips_of
+from steer_compile.errors import SpecError
 from steer_compile.spec import SteerSpec
 
 COLOURS = {FAULT: "red", NOTE: "yellow"}
@@ -32,6 +33,8 @@ def doctor(
 
     Example: steer-compile doctor
     """
+    if spec is not None and model is None:
+        raise SpecError(f"--spec {spec} is for a MODEL, and none was given; name the model that it steers")
     skips = None
     if model is not None:
         with progress(None) as step:

@@ -11,7 +11,7 @@ import typer
 
 from steer_compile.cli.graphs import read_graphs
 from steer_compile.cli.load import Loaded, load
-from steer_compile.cli.output import JSON_HELP, notes, print_json, progress, shown
+from steer_compile.cli.output import DEVICE_HELP, JSON_HELP, check_device, notes, print_json, progress, shown
 from steer_compile.cli.verify import read_spec
 from steer_compile.debug.dot import dot
 from steer_compile.debug.draw import PLANNED, draw
@@ -41,7 +41,7 @@ def graph(
     layer: Annotated[int | None, typer.Option(help="Show this layer only; -1 is the last.")] = None,
     form: Annotated[str, typer.Option("--format", callback=_known_format, help="text, dot, svg or html.")] = "text",
     out: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
-    device: Annotated[str, typer.Option(help="Kind of device to plan for, cuda or cpu; the model's by default.")] = "",
+    device: Annotated[str, typer.Option(help=f"{DEVICE_HELP} The model's by default.", callback=check_device)] = "",
     kernels: Annotated[bool, typer.Option(help="Compile the model, and name the kernels of each node.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -67,6 +67,7 @@ def graph(
     if loaded.note:
         notes().print(f"no kernels: {loaded.note}" if kernels else loaded.note, markup=False)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(made, encoding="utf-8")
         notes().print(f"wrote {shown(out)} ({len(made.encode()) / 1000:.0f} kB)", highlight=False, markup=False)
     if as_json:

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 INNER_HELP = "Compiler of the graphs: inductor, aot_eager or eager."
 INNERS = ("inductor", "aot_eager", "eager")
+DEVICES = ("cuda", "cpu")
+DEVICE_HELP = "Kind of device to plan for, cuda or cpu; it need not be there."
 JSON_HELP = "Print JSON on standard output, nothing else."
 
 
@@ -38,6 +40,13 @@ def check_inner(inner: str) -> str:
     if inner not in INNERS:
         raise typer.BadParameter(f"{inner!r} is none of {', '.join(INNERS)}")
     return inner
+
+
+def check_device(device: str) -> str:
+    """Raises `typer.BadParameter` for a kind of device that nothing is planned for; "" is the graph's own."""
+    if device not in ("", *DEVICES):
+        raise typer.BadParameter(f"{device!r} is none of {', '.join(DEVICES)}")
+    return device
 
 
 @contextmanager

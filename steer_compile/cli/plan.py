@@ -12,7 +12,7 @@ from rich.table import Table
 
 from steer_compile.cli.graphs import read_graphs
 from steer_compile.cli.load import Loaded
-from steer_compile.cli.output import JSON_HELP, console, notes, print_json, progress
+from steer_compile.cli.output import DEVICE_HELP, JSON_HELP, check_device, console, notes, print_json, progress
 from steer_compile.cli.verify import read_spec
 from steer_compile.debug.costs import Cost, bank_bytes, costs
 from steer_compile.debug.tracing import Staged, stage
@@ -26,7 +26,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="Hugging Face directory, config.json, or module:function.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step, for the estimate of its cost.")] = 256,
     bandwidth: Annotated[float, typer.Option(min=0.001, help="Memory bandwidth in TB/s, for the same.")] = 3.0,
-    device: Annotated[str, typer.Option(help="Kind of device to plan for, cuda or cpu.")] = "cuda",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP, callback=check_device)] = "cuda",
     text: Annotated[bool, typer.Option("--text", help="Print the plan's own text, which is its cache key.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -65,7 +65,7 @@ def _beside(staged: list[Staged], tokens: int, most: int) -> list[str]:
 
 
 def _us(cost: Cost, bandwidth: float) -> float:
-    return cost.moved / (bandwidth * 1e12) * 1e6
+    return cost.active / (bandwidth * 1e12) * 1e6
 
 
 def _plain(
@@ -99,14 +99,14 @@ def _print(loaded: Loaded, staged: list[Staged], found: list[list[Cost]], tokens
         for name in ("layer", "hook", "operations", "value", "lowering", "MB a step", "us"):
             table.add_column(name, justify="right" if name in ("layer", "MB a step", "us") else "left")
         for edit, cost in zip(made.plan.edits, rows, strict=True):
-            moved = f"{cost.moved / 1e6:.2f}", f"{_us(cost, bandwidth):.2f}"
+            moved = f"{cost.active / 1e6:.2f}", f"{_us(cost, bandwidth):.2f}"
             table.add_row(
                 str(edit.site.layer), edit.site.hook, "+".join(edit.ops), edit.site.node, edit.lowering, *moved
             )
         out.print(table)
         _print_reasons(made.plan.edits)
     _print_banks(staged[-1])
-    total = sum((cost.moved for rows in found for cost in rows), 0)
+    total = sum((cost.active for rows in found for cost in rows), 0)
     us = total / (bandwidth * 1e12) * 1e6
     out.print(
         f"a step of {tokens} tokens moves {total / 1e6:.1f} MB more than the model alone: at least {us:.1f} us at "

@@ -14,7 +14,7 @@ from torch import nn
 from steer_compile.cli.graphs import read_graphs
 from steer_compile.cli.load import Loaded
 from steer_compile.cli.output import JSON_HELP, console, notes, print_json, progress
-from steer_compile.debug.tracing import Traced, trace
+from steer_compile.debug.tracing import Traced, breaks, trace
 from steer_compile.hooks import parse_hook
 from steer_compile.ir import Miss, Site, SiteTable, dtype_text
 
@@ -61,11 +61,6 @@ def collect_sites(
 ) -> SiteTable:
     """Sites of all graphs of one call, without compiling or changing any of them."""
     return joined(trace(model, inputs, shapes))
-
-
-def breaks(graphs: Sequence[Traced]) -> list[str]:
-    """Why graphs end before their function does, each reason once."""
-    return list(dict.fromkeys(traced.broken for traced in graphs if traced.broken))
 
 
 def joined(graphs: Sequence[Traced]) -> SiteTable:

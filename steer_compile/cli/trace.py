@@ -42,6 +42,8 @@ def trace(
     Example: steer-compile trace models/demo --out out/trace
     """
     told: dict[str, Any] = {}
+    if model is not None and read is not None:
+        raise DumpError(f"{model} is to be dumped to {out}, and {read} to be read; give MODEL or --read, not both")
     if model is not None:
         read = _dumped(model, out, spec, inner)
     if read is not None:
@@ -65,7 +67,7 @@ def _dumped(model: str, out: Path, spec: Path | None, inner: str) -> Path:
     """Compile a model, and dump what its passes see."""
     if out.is_dir() and any(out.iterdir()):
         raise DumpError(f"the folder {out} is not empty; give another --out, or delete it")
-    given = read_spec(spec) if spec is not None else None
+    dump, given = Dump(out), read_spec(spec) if spec is not None else None
     with progress(None) as step:
         if given is None:
             step("tracing the model", 0)
@@ -74,7 +76,7 @@ def _dumped(model: str, out: Path, spec: Path | None, inner: str) -> Path:
         step("reading the model", 0)
         loaded = load(model)
         step("compiling the model", 0)
-        with watch.looking_on(Dump(out)):
+        with watch.looking_on(dump):
             run_once(loaded.model, loaded.inputs, given, inner)
     return out
 

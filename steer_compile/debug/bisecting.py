@@ -6,7 +6,6 @@ itself. It shares the finder with the backend, and neither the splice, nor the l
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from steer_compile import torch_compat
 from steer_compile.backend import steer_backend
-from steer_compile.debug.tracing import Traced, trace
+from steer_compile.debug.tracing import Traced, afresh, trace
 from steer_compile.errors import SpecError
 from steer_compile.hooks import is_stream_hook
 from steer_compile.ir import Site
@@ -66,8 +65,10 @@ class Verdict:
 def difference_of(got: Tensor, wanted: Tensor) -> float:
     """Largest difference relative to the largest number; infinite where other places are infinite or NaN."""
     finite = wanted.isfinite()
+    if got.shape != wanted.shape or not torch.equal(got.isfinite(), finite):
+        return float("inf")
     odd = got[~finite].nan_to_num(7.0, 8.0, 9.0), wanted[~finite].nan_to_num(7.0, 8.0, 9.0)
-    if got.shape != wanted.shape or not torch.equal(got.isfinite(), finite) or not torch.equal(*odd):
+    if not torch.equal(*odd):
         return float("inf")
     if not bool(finite.any()):
         return 0.0
@@ -76,11 +77,8 @@ def difference_of(got: Tensor, wanted: Tensor) -> float:
 
 def run_once(model: nn.Module, inputs: dict[str, Any], spec: SteerSpec, inner: str) -> None:
     """Compile a model with a spec, and call it once with nothing steered."""
-    torch.compiler.reset()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with afresh():
         torch.compile(model, backend=steer_backend(spec, inner=inner))(**inputs)
-    torch.compiler.reset()
 
 
 class Bisection:
@@ -105,6 +103,7 @@ class Bisection:
                 "the spec steers nothing in this model, so there is nothing to bisect; give it a steer hook"
             )
         self._vectors = self._draw()
+        self._judgements: dict[tuple[SiteKey, ...], Tensor] = {}
         self.trials: list[Trial] = []
 
     @property
@@ -162,14 +161,12 @@ class Bisection:
 
     def _difference(self, inner: str, lowering: str, sites: tuple[SiteKey, ...]) -> float:
         vectors = {site: self._vectors[site] for site in sites}
-        wanted = self._judged(vectors)
-        got = self._compiled(inner, lowering, vectors)
-        return difference_of(got, wanted)
+        if sites not in self._judgements:
+            self._judgements[sites] = self._judged(vectors)
+        return difference_of(self._compiled(inner, lowering, vectors), self._judgements[sites])
 
     def _compiled(self, inner: str, lowering: str, vectors: dict[SiteKey, Tensor]) -> Tensor:
-        torch.compiler.reset()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with afresh():
             if not vectors:
                 return self._logits(torch.compile(self._model, backend=inner)(**self._inputs)).clone()
             steer = tuple(HookSelection(hook, [layer]) for hook, layer in vectors)
@@ -193,12 +190,8 @@ class Bisection:
                 adds.setdefault(site.node, []).append((site, vectors[site.hook, site.layer]))
             return lambda *args: Judge(gm, adds).run(*args)
 
-        torch.compiler.reset()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = self._logits(torch.compile(self._model, backend=judge)(**self._inputs)).clone()
-        torch.compiler.reset()
-        return result
+        with afresh():
+            return self._logits(torch.compile(self._model, backend=judge)(**self._inputs)).clone()
 
     def _draw(self) -> dict[SiteKey, Tensor]:
         """A random vector for each site, of a length that moves the logits and saturates nothing."""
@@ -207,9 +200,7 @@ class Bisection:
         def measure(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return lambda *args: Judge(gm, {}, lengths).run(*args)
 
-        torch.compiler.reset()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with afresh():
             torch.compile(self._model, backend=measure)(**self._inputs)
         drawn = {}
         for (hook, layer), found in self._found.items():

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,6 +20,7 @@ from steer_compile._version import __version__
 from steer_compile.backend import steer_backend
 from steer_compile.debug.dumps import VARIABLE
 from steer_compile.debug.engine_cache import default_cache
+from steer_compile.debug.tracing import afresh
 from steer_compile.spec import SteerSpec
 
 OK, NOTE, FAULT = "ok", "note", "fault"
@@ -62,13 +62,10 @@ def skips_of(model: nn.Module, inputs: dict[str, Any], spec: SteerSpec) -> list[
     if torch.cuda.is_available():
         model = model.to("cuda")
         inputs = {key: v.to("cuda") if isinstance(v, torch.Tensor) else v for key, v in inputs.items()}
-    torch.compiler.reset()
-    with torch.no_grad(), warnings.catch_warnings(), torch_compat.cudagraph_skips() as lines:
-        warnings.simplefilter("ignore")
+    with afresh(), torch_compat.cudagraph_skips() as lines:
         compiled = torch.compile(model, backend=steer_backend(spec, mode="reduce-overhead"))
         for _ in range(3):  # a graph is recorded in the second call
             compiled(**inputs)
-    torch.compiler.reset()
     return list(dict.fromkeys(lines))
 
 

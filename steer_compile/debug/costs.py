@@ -25,11 +25,6 @@ class Cost:
     idle: int
     active: int
 
-    @property
-    def moved(self) -> int:
-        """Bytes of a step in which it steers."""
-        return self.active
-
 
 def bank_bytes(bank: Bank) -> int:
     """Device memory of a bank."""

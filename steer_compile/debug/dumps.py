@@ -31,9 +31,17 @@ _HEAD = re.compile(r"# (before|after) (\w+) \| steer_compile (\S+) \| torch (\S+
 
 
 class Dump:
-    """An onlooker (`watch.look_on`) that writes each graph that it sees."""
+    """An onlooker (`watch.look_on`) that writes each graph that it sees.
+
+    Raises:
+        DumpError: the folder cannot be made, said here and not in the middle of a compile.
+    """
 
     def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DumpError(f"dumps cannot be written to {folder}: {error}; name another folder") from error
         self.folder = folder
         self._counts: Counter[str] = Counter()
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from steer_compile.canon import canonical_lines
-from steer_compile.debug.tracing import Traced
+from steer_compile.debug.tracing import Traced, breaks
 from steer_compile.errors import SiteNotFound, SpecError
 from steer_compile.hooks import parse_hook
 from steer_compile.ir import Miss, Site
@@ -92,7 +92,7 @@ def explain(graphs: Sequence[Traced], hook: str, layer: int | None) -> Explanati
     traced = next((t for t in graphs if layer in t.table.layers), max(graphs, key=lambda t: len(t.gm.graph.nodes)))
     miss = _find(traced, hook, layer)
     assert isinstance(miss, Miss)
-    return replace(_missed(traced, miss), breaks=tuple(dict.fromkeys(t.broken for t in graphs if t.broken)))
+    return replace(_missed(traced, miss), breaks=breaks(graphs))
 
 
 def _find(traced: Traced, hook: str, layer: int | None) -> Site | Miss:

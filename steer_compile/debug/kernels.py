@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from steer_compile import torch_compat
 from steer_compile.backend import steer_backend
+from steer_compile.debug.tracing import afresh
 from steer_compile.spec import SteerSpec
 
 MAPPINGS = "inductor_provenance_tracking_node_mappings"
@@ -39,11 +39,8 @@ def compiled_kernels(model: nn.Module, inputs: dict[str, Any], spec: SteerSpec |
         spec: what is spliced in front of Inductor; None compiles the model alone.
     """
     backend: Any = "inductor" if spec is None else steer_backend(spec)
-    torch.compiler.reset()
-    with torch.no_grad(), warnings.catch_warnings(), torch_compat.provenance() as artifacts:
-        warnings.simplefilter("ignore")
+    with afresh(), torch_compat.provenance() as artifacts:
         torch.compile(model, backend=backend)(**inputs)
-    torch.compiler.reset()
     return merged([json.loads(text) for name, text in artifacts if name == MAPPINGS])
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from steer_compile import torch_compat
 from steer_compile.canon import canonical_text
-from steer_compile.errors import SteerError
+from steer_compile.errors import SiteNotFound
 from steer_compile.ir import Bank, Plan, SiteTable
 from steer_compile.passes.dataflow import is_state, op_name
 from steer_compile.passes.find_sites import find_sites
@@ -70,9 +70,9 @@ class Staged:
         """The graph behind the pass ``step`` of `PASSES`."""
         return self.gm if step == "splice" else self.traced.gm
 
-    def text_after(self, step: str, named: bool = False) -> str:
+    def text_after(self, step: str) -> str:
         """Canonical text of the graph behind a pass, with what an analysis found in front of it."""
-        return self._notes(step) + canonical_text(self.graph_after(step).graph, named)
+        return self._notes(step) + canonical_text(self.graph_after(step).graph)
 
     def report_after(self, step: str) -> str:
         """Everything that is known behind a pass: what the passes up to it found, and the graph by names of nodes."""
@@ -119,13 +119,26 @@ def trace(
 
         return run
 
-    torch.compiler.reset()
-    with torch.no_grad(), warnings.catch_warnings(), torch_compat.quiet():
-        warnings.simplefilter("ignore")
-        with suppress(_Traced):
-            torch.compile(model, backend=collect, dynamic=dynamic)(**inputs)
-    torch.compiler.reset()
+    with afresh(), torch_compat.quiet(), suppress(_Traced):
+        torch.compile(model, backend=collect, dynamic=dynamic)(**inputs)
     return found
+
+
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Compile without gradients or warnings, with no graph of an earlier call, and leave none behind."""
+    torch.compiler.reset()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.compiler.reset()
+
+
+def breaks(graphs: Iterable[Traced]) -> tuple[str, ...]:
+    """Why graphs end before their function does, each reason once."""
+    return tuple(dict.fromkeys(traced.broken for traced in graphs if traced.broken))
 
 
 def stage(graphs: Sequence[Traced], spec: SteerSpec, device: str = "") -> list[Staged]:
@@ -152,16 +165,10 @@ def stage(graphs: Sequence[Traced], spec: SteerSpec, device: str = "") -> list[S
         there = plan is not None and bool(plan.edits)
         made.append(Staged(traced, plan if there else None, gm, planned if there else None))
     if not any(staged.plan for staged in made):
-        reasons = [miss.reason for traced in graphs for miss in traced.table.misses]
-        raise _nothing(reasons)
+        reasons = (miss.reason for traced in graphs for miss in traced.table.misses)
+        why = next(reasons, "no graph has a residual stream")
+        raise SiteNotFound(f"the spec steers and captures nothing in this model: {why}; `steer-compile sites` lists it")
     return made
-
-
-def _nothing(reasons: list[str]) -> SteerError:
-    from steer_compile.errors import SiteNotFound
-
-    why = reasons[0] if reasons else "no graph has a residual stream"
-    return SiteNotFound(f"the spec steers and captures nothing in this model: {why}; `steer-compile sites` lists it")
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:

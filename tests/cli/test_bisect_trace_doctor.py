@@ -61,6 +61,7 @@ def test_differences_of_numbers_that_are_none() -> None:
     assert difference_of(torch.tensor([1.0, -inf, nan, 3.0]), some) == 0.25
     for other in ([1.0, inf, nan, 4.0], [1.0, -inf, 2.0, 4.0], [nan, -inf, nan, 4.0], [1.0, nan, -inf, 4.0]):
         assert difference_of(torch.tensor(other), some) == inf
+    assert difference_of(torch.ones(3), some) == inf
     assert difference_of(torch.full((2,), nan), torch.full((2,), nan)) == 0
 
 
@@ -135,6 +136,14 @@ def test_damaged_dumps_are_refused(tiny: Path, spec: Path, tmp_path: Path) -> No
     refused(run("trace", "--read", folder), "DumpError", "cannot be read")
     refused(run("trace", "--read", tmp_path), "DumpError", "holds no dumps")
     refused(run("trace"), "DumpError", "nothing to do")
+
+
+def test_what_cannot_be_meant_is_refused(tiny: Path, spec: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(run("trace", tiny, "--spec", spec, "--out", file / "dumps"), "DumpError", "cannot be written", str(file))
+    refused(run("trace", tiny, "--read", tmp_path), "DumpError", "not both")
+    refused(run("doctor", "--spec", spec), "SpecError", "none was given")
 
 
 def test_a_running_process_dumps_where_the_environment_says(tiny: Path, tmp_path: Path) -> None:

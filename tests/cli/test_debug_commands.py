@@ -156,6 +156,13 @@ def test_a_spec_for_what_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> 
 # -- explain -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_device_that_is_none_is_a_usage_error(tiny: Path, spec: Path) -> None:
+    for command in (("plan", spec, tiny), ("diff", tiny), ("graph", tiny, "--spec", spec)):
+        result = run(*command, "--device", "gpu")
+        assert result.exit_code == 2
+        assert "none of cuda, cpu" in result.stderr
+
+
 def test_explain_a_site(tiny: Path) -> None:
     data = told("explain", "layers.1.post_block", tiny)
     assert data["text"].startswith("layers.1.post_block = ")
