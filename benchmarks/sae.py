@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="*", default=[16384, 65536])
     parser.add_argument("--opted", type=int, nargs="*", default=[0, 1, 8, 64, 256])
     parser.add_argument("--many", type=int, nargs="*", default=[1024, 4096])
+    parser.add_argument("--pause", type=float, default=4.0, help="seconds before each case, in which the card cools")
     options, where = records.begin(parser)
     where["copy_tb_per_s"] = round(timing.copy_bandwidth(), 3)
     with torch.no_grad():
@@ -236,6 +238,7 @@ def main() -> None:
             table = []
             for tokens in (1, 16, 64, 256):
                 for clamped in (1, 8, 64):
+                    time.sleep(options.pause / 4)
                     row = delta_row(tokens, clamped, where["copy_tb_per_s"])
                     print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
                     table.append(row | where)
@@ -246,9 +249,10 @@ def main() -> None:
             for features in options.features:
                 for k in (0, 64):
                     for tokens, opted in cases:
+                        time.sleep(options.pause)
                         row = full_row(tokens, opted, features, k)
                         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-                        if opted in (8, 256, 4096):
+                        if opted in (8, 256, 1024, 4096):
                             print(parts_row(full_args(tokens, opted, features, k, tokens)), flush=True)
                         table.append(row | where)
             complete = max(table, key=len)

@@ -26,11 +26,12 @@ FEATURES = 4096
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile of a matmul: its columns, warps and stages."""
+    """Tile of a matmul: its columns, warps and stages, and how many programs a multiprocessor has room for."""
 
     columns: int
     warps: int
     stages: int
+    programs: int = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def plan_of(capacity: int, width: int, itemsize: int) -> Plan:
     if itemsize == 4:
         return Plan(tokens, depth, Tiles(64, 4, 3), Tiles(64, 4, 3))
     if tokens == 128:
-        return Plan(tokens, depth, Tiles(128, 4, 3), Tiles(256, 8, 3))
+        return Plan(tokens, depth, Tiles(128, 4, 3), Tiles(256, 8, 3, 1))
     return Plan(tokens, depth, Tiles(128, 4, 4 if capacity > 64 else 5), Tiles(128, 4, 4))
 
 
@@ -63,7 +64,8 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     slots = a.sae_set.size(0)
     count, clamps = a.encoder.size(0) // slots, a.row_clamp.size(1) // 3
     capacity = min(a.capacity, tokens) if isinstance(tokens, int) else a.capacity
-    tiles, programs = plan_of(capacity, width, a.encoder.element_size()), _programs(a.h.device)
+    tiles, processors = plan_of(capacity, width, a.encoder.element_size()), _multiprocessors(a.h.device)
+    programs, decoding = 2 * processors, tiles.decode.programs * processors
     filled = capacity + slots * tiles.tokens
     filled = -(-filled // tiles.tokens) * tiles.tokens
     room = filled + capacity
@@ -73,7 +75,7 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     narrow = torch.empty((filled, count), dtype=a.encoder.dtype, device=device)
     wide = torch.empty((filled, count), dtype=fp32, device=device)
     columns = -(-width // tiles.decode.columns)
-    sums = torch.empty((max(filled, -(-programs // columns) * tiles.tokens), width), dtype=fp32, device=device)
+    sums = torch.empty((max(filled, -(-decoding // columns) * tiles.tokens), width), dtype=fp32, device=device)
     block = 1 << max(width - 1, 15).bit_length()
     precision = "ieee" if a.encoder.dtype == fp32 or device.type != "cuda" else "tf32"
     shape: dict[str, Any] = {"S": slots, "BM": tiles.tokens}
@@ -91,7 +93,7 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
         ALL=isinstance(tokens, int) and capacity >= tokens,
         num_warps=16 if chunk > FEW_TOKENS else 4,
     )  # fmt: skip
-    wrap(encode)[(programs,)](
+    wrap(encode)[(tiles.encode.programs * processors,)](
         a.h, a.encoder, a.settings, a.rows, a.row_set, a.sae_set, *listed, narrow, wide, notes, **matmul,
         G=groups, L=top, BN=tiles.encode.columns, num_warps=tiles.encode.warps, num_stages=tiles.encode.stages,
     )  # fmt: skip
@@ -100,19 +102,18 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
         picks, H=width, BLOCK=block, F=count, **shape, BF=min(FEATURES, most), G=groups, L=top,
         LP=1 << max(top - 1, 0).bit_length(), num_warps=4,
     )  # fmt: skip
-    wrap(decode)[(programs,)](
+    wrap(decode)[(decoding,)](
         a.decoder, a.rows, a.row_set, a.sae_set, *listed, narrow, sums, **matmul, BN=tiles.decode.columns,
         PARTS=tiles.parts, num_warps=tiles.decode.warps, num_stages=tiles.decode.stages,
     )  # fmt: skip
     wrap(finish)[(min(4 * programs, room),)](
         a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, *listed, narrow, wide,
-        picks, sums, programs, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
+        picks, sums, decoding, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
         BLOCK=block, PARTS=tiles.parts, num_warps=8,
     )  # fmt: skip
 
 
-def _programs(device: torch.device) -> int:
-    """Programs of a persistent launch: two for each multiprocessor."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 8
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

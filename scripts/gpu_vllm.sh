@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# vLLM on a GPU: scripts/gpu_vllm.sh OUT COMMIT [tests|steps ...]      (default: both)
+# vLLM on a GPU: scripts/gpu_vllm.sh OUT COMMIT [tests|conditions|steps ...]      (default: both)
 #
-#   tests   tests/vllm against both model runners
-#   steps   benchmarks.vllm_steps
+#   tests        tests/vllm against both model runners
+#   conditions   features of autoencoders, gates, controllers, captures and the operator's own steering
+#   steps        benchmarks.vllm_steps
 #
 # vLLM must be importable by python3 (0.26.0 was used, with torch 2.11.0+cu130). Writes logs and tables into OUT.
 set -uo pipefail
@@ -28,6 +29,15 @@ run_tests() {
     VLLM_USE_V2_MODEL_RUNNER=0 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite runner_v1 $both &
     TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite pieces tests/vllm/test_pieces.py tests/vllm/test_checkpoints.py &
     TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite captures tests/vllm/test_captures.py &
+    wait
+}
+
+run_conditions() { # features of autoencoders, gates, controllers and the operator's own steering
+    export TORCHINDUCTOR_COMPILE_THREADS=2
+    for each in features gates dynamic global; do
+        TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite $each "tests/vllm/test_$each.py" &
+    done
+    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) suite captures tests/vllm/test_captures.py tests/vllm/test_capture_requests.py &
     wait
 }
 

@@ -52,7 +52,7 @@ class SAETables:
         if not self._held(one):
             return
         if one.features:
-            index, slots = torch.tensor(one.features), torch.tensor(one.slots)
+            index, slots = (torch.tensor(some, device="cpu") for some in (one.features, one.slots))
             rows, settings = self._tables.view("sae", one.site), self._tables.view("sae_set", one.site)
             encoder, decoder = encoder_rows(one.sae, index), decoder_rows(one.sae, index)
             _check_range(one, rows.dtype, (encoder, decoder))
@@ -63,7 +63,7 @@ class SAETables:
             self._write_whole(one, one.whole)
 
     def _write_whole(self, one: Attached, slot: int) -> None:
-        every, count = torch.arange(one.sae.d_sae), self._width
+        every, count = torch.arange(one.sae.d_sae, device="cpu"), self._width
         at = slice(slot * count, slot * count + one.sae.d_sae)
         encoder, decoder = encoder_rows(one.sae, every), decoder_rows(one.sae, every)
         _check_range(one, self._tables.view("full_encoder", one.site).dtype, (encoder, decoder))

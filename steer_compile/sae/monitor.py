@@ -36,7 +36,7 @@ def feature_monitor(sae: SAE, feature: int, above: float = 0.0, kind: str = "ste
             f"{sae.name}: its features {why}, so none is a projection with a limit; log them with mode='log', or "
             "monitor a vector"
         )
-    index = torch.tensor([feature])
+    index = torch.tensor([feature], device=sae.W_enc.device)
     bias, limit, _, _, factor, *_ = feature_settings(sae, index)[0].double().tolist()
     probe = encoder_rows(sae, index)[0].double() * factor
     return Monitor(probe.float(), limit - bias + above, kind=kind, **options)

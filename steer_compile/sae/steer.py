@@ -77,14 +77,14 @@ def checked_clamps(sae: SAE, clamps: Sequence[FeatureClamp]) -> Tensor:
         if clamp.feature in seen:
             raise SAEError(f"{sae.name}: feature {clamp.feature} is clamped twice; give one clamp for each feature")
         seen.add(clamp.feature)
-    return torch.tensor([clamp.feature for clamp in clamps], dtype=torch.int64)
+    return torch.tensor([clamp.feature for clamp in clamps], dtype=torch.int64, device=sae.W_enc.device)
 
 
 def clamped(f: Tensor, clamps: Sequence[FeatureClamp]) -> Tensor:
     """Columns ``f'`` of clamped features, of their columns ``f`` (..., c)."""
-    value = torch.tensor([clamp.value for clamp in clamps], dtype=f.dtype)
-    add = torch.tensor([clamp.kind == "add" for clamp in clamps], dtype=torch.bool)
-    always = torch.tensor([not clamp.only_if_active for clamp in clamps], dtype=torch.bool)
+    value = torch.tensor([clamp.value for clamp in clamps], dtype=f.dtype, device=f.device)
+    add = torch.tensor([clamp.kind == "add" for clamp in clamps], dtype=torch.bool, device=f.device)
+    always = torch.tensor([not clamp.only_if_active for clamp in clamps], dtype=torch.bool, device=f.device)
     return torch.where(always | (f > 0), torch.where(add, f + value, value), f)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from steer_compile import SteerSpec
+from steer_compile.vllm.adapters.runners import live_of, warmed
 from tests import _tree
 from tests.vllm import engines
 from tests.vllm.controllers import Script
@@ -213,3 +214,28 @@ def test_ranks_apply_the_same_and_a_planted_divergence_shows(models: Path) -> No
     assert alike[0] == alike[1] != ""
     assert apart[0] != apart[1]
     assert len(one) == len(alike[0]) == 32
+
+
+def test_no_controller_sees_the_requests_of_a_warm_up(models: Path) -> None:
+    llm = scripted(engines.saved("llama", models))
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    worker = executor.driver_worker.worker
+    live = live_of(worker.model_runner)
+    assert live is not None
+    assert live.dynamic is not None
+    assert Script.seen == []  # the engine has been warmed up
+    seen = []
+
+    def warm_up(self: Any) -> None:
+        seen.append(live.dynamic)
+        generated(llm, [None], tokens=2)
+        raise RuntimeError("out of memory")
+
+    dynamic = live.dynamic
+    with pytest.raises(RuntimeError, match="out of memory"):
+        warmed(warm_up)(worker)
+    assert seen == [None]
+    assert Script.seen == []
+    assert live.dynamic is dynamic
+    generated(llm, [None], tokens=2)
+    assert [(each.phase, each.prompt) for each in Script.seen] == [("prefill", N), ("decode", N)]

@@ -13,8 +13,9 @@ from steer_compile.errors import SAEError, SpecError, TableFull, UnknownName
 from steer_compile.sae import SAE, FeatureClamp, JumpReLU, TopK
 from steer_compile.sae.activation import Activation
 from steer_compile.vllm import engine_args
+from steer_compile.vllm.autoencoders import sae_specs
 from steer_compile.vllm.frontend import FrontEnd
-from steer_compile.vllm.model import Shape
+from steer_compile.vllm.model import Shape, SteeredModel
 from steer_compile.vllm.settings import Settings
 from steer_compile.vllm.transport import received
 from tests.sae._weights import parts
@@ -108,6 +109,24 @@ def test_requests_have_the_tokens_of_hooks_and_of_plain_pytorch(models: Path, sa
     with pytest.raises(ValueError, match="no autoencoder 'tower' is attached; attached are parts, whole"):
         engines.generated(llm, [asked("tower")])
     assert engines.texts(engines.generated(llm, requests[:2])) == outputs[:2]
+
+
+def test_tables_are_the_same_whatever_torchs_defaults_are(saes: dict[str, Any]) -> None:
+    """vLLM builds a model with the GPU as default device, and with the model's dtype."""
+    specs = sae_specs(saes)
+    shape, cpu = Shape(WIDTH, torch.float32, range(4), 4), torch.device("cpu")
+    wanted = SteeredModel(SPEC, shape, cpu, specs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            made = SteeredModel(SPEC, shape, cpu, specs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for kind in ("sae", "sae_set", "full_encoder", "full_decoder", "full_set", "full_bias", "full_sae"):
+        got = made.registry.tables.view(kind, ("post_block", LAYER))
+        expected = wanted.registry.tables.view(kind, ("post_block", LAYER))
+        assert expected.any()
+        assert torch.equal(got, expected)
 
 
 def front(saes: dict[str, Any], spec: SteerSpec = SPEC) -> FrontEnd:

@@ -49,7 +49,7 @@ def _read(path: Path, folder: Path, wanted: Wanted) -> SAE:
     b_enc = tensors.take("encoder.bias", (count,))
     w_dec = tensors.take("decoder.weight", (width, count), transposed=True)
     biased = config.flag("use_decoder_bias", True)
-    b_dec = tensors.take("decoder.bias", (width,)) if biased else torch.zeros(width)
+    b_dec = tensors.take("decoder.bias", (width,)) if biased else b_enc.new_zeros(width)
     factor_in, factor_out = _factors(config, width)
     if factor_in != 1.0 or factor_out != 1.0:
         b_enc, b_dec = b_enc.float() / factor_in, b_dec.float() / factor_out
@@ -87,7 +87,7 @@ def _activation(config: Config, d_sae: int) -> Activation:
     threshold = config.number("jump_relu_threshold", 0.0)
     if threshold < 0:
         raise SAEError(f"{config.path}: 'jump_relu_threshold' is {threshold}; negative features are not supported")
-    per_feature: Tensor = torch.full((d_sae,), threshold)
+    per_feature: Tensor = torch.full((d_sae,), threshold, dtype=torch.float32, device="cpu")
     if kind == "jumprelu" or (kind == "topk" and threshold > 0):  # a threshold was fitted: tokens are independent
         return JumpReLU(per_feature)
     if kind == "topk":

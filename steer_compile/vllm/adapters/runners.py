@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -76,6 +77,15 @@ class Live:
             self.tokens = tokens
         self.steps += 1
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Requests of vLLM's own, in a warm-up: no controller sees them."""
+        dynamic, self.dynamic = self.dynamic, None
+        try:
+            yield
+        finally:
+            self.dynamic, self.steps = dynamic, 0
+
     def ran(self) -> None:
         """The forward has been launched."""
         if self.tokens is not None and self.captures is not None:
@@ -89,6 +99,8 @@ _LIVE: WeakKeyDictionary[Any, Live] = WeakKeyDictionary()
 _ANNOUNCED: dict[int, tuple[SteeredModel, Settings, tuple[Controller, ...], Consumers | None]] = {}
 
 
+WORKER = "vllm.v1.worker.gpu_worker"
+"""Module of the worker whose warm-up runs the V2 runner on requests that it makes up."""
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 _wrapped: list[type] = []
 
@@ -115,6 +127,10 @@ def building(
         for name, wrapper in wrappers.items():
             setattr(runner, name, wrapper(vars(runner)[name]))
         _wrapped.append(runner)
+    worker = vars(sys.modules[WORKER])["Worker"] if WORKER in sys.modules else None
+    if worker is not None and worker not in _wrapped:
+        worker.compile_or_warm_up_model = warmed(worker.compile_or_warm_up_model)
+        _wrapped.append(worker)
     consumers = _consumers(settings, str(config.model_config.model))
     _ANNOUNCED[id(config)] = steered, settings, loaded(settings.controllers), consumers
 
@@ -150,6 +166,18 @@ def _executed(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return execute_model
+
+
+def warmed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A worker's warm-up, whose requests are vLLM's own."""
+
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any) -> Any:
+        live = live_of(self.model_runner)
+        with nullcontext() if live is None else live.aside():
+            return original(self)
+
+    return compile_or_warm_up_model
 
 
 def _consumers(settings: Settings, model: str) -> Consumers | None:
