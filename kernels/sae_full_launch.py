@@ -36,13 +36,15 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens of a tile, depth of a step, the tiles of both matmuls, and into how many parts the features are split."""
+    """Tokens of a tile, depth of a step, the tiles of both matmuls, into how many parts the features are split at most,
+    and the warps that write a token: of many tokens, fewer warps each leave room for more at once."""
 
     tokens: int
     depth: int
     encode: Tiles
     decode: Tiles
     parts: int = 32
+    writing: int = 8
 
 
 def plan_of(capacity: int, width: int, itemsize: int) -> Plan:
@@ -52,7 +54,7 @@ def plan_of(capacity: int, width: int, itemsize: int) -> Plan:
     if itemsize == 4:
         return Plan(tokens, depth, Tiles(64, 4, 3), Tiles(64, 4, 3))
     if tokens == 128:
-        return Plan(tokens, depth, Tiles(128, 4, 3), Tiles(256, 8, 3, 1))
+        return Plan(tokens, depth, Tiles(128, 4, 3), Tiles(256, 8, 3, 1), writing=4)
     return Plan(tokens, depth, Tiles(128, 4, 4 if capacity > 64 else 5), Tiles(128, 4, 4))
 
 
@@ -109,7 +111,7 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     wrap(finish)[(min(4 * programs, room),)](
         a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, *listed, narrow, wide,
         picks, sums, decoding, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
-        BLOCK=block, PARTS=tiles.parts, num_warps=8,
+        BLOCK=block, PARTS=tiles.parts, num_warps=tiles.writing,
     )  # fmt: skip
 
 

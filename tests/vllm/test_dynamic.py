@@ -88,7 +88,7 @@ def test_an_override_acts_one_step_later_and_on_its_request_alone(ahead: bool, m
         for each in seen:  # what a controller sees is the pristine value, its own token ids, at its own positions
             place = slice(each.position, each.position + each.count)
             assert each.token_ids == ids[place]
-            torch.testing.assert_close(each.values[SITE], values[place], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(each.values[SITE].cpu(), values[place], atol=1e-3, rtol=1e-3)
     assert texts([outputs[1]]) != texts([plain])
 
 
