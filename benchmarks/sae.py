@@ -145,7 +145,9 @@ def full_args(tokens: int, opted: int, features: int, k: int, capacity: int) -> 
     numbers = torch.tensor([[features, k, 0, 0]], device="cuda").float()
     h = randn(tokens, WIDTH, dtype=DTYPE)
     bias = randn(1, WIDTH)
-    return SaeFullArgs(h, rows, row_set, clamps.flatten(1), encoder, decoder, settings, bias, numbers, None, capacity)
+    return SaeFullArgs(
+        h, rows, row_set, clamps.flatten(1), encoder, decoder, settings, bias, numbers, None, None, capacity
+    )
 
 
 def flaw(a: SaeFullArgs) -> tuple[str, str]:

@@ -8,6 +8,9 @@ For a token whose row names the autoencoder in slot s, on the value h that all o
     mode 2   h' = round(h + sum (f' - f) step D)                    decode(f') - decode(f) + h: it is kept
     log      the largest L features and their activations are stored, whatever the mode
 
+Behind a gate g (the factor of clamps, `kernels/gates.py`) the value moves by g of the way, ``h + g (h' - h)``, rounded
+once; a closed gate leaves the token's bits, and nothing is computed for it.
+
 ``restored`` is ``y step``, or ``y std(h) + mean(h)`` where the autoencoder normalises rows. Of equal pre-activations
 TopK takes the lowest index first. Tokens that are not opted in, and those of mode 2 in which nothing changes, keep
 their bits. At most ``capacity`` tokens are served, the first ones; the runtime refuses a call with more.
@@ -28,6 +31,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from steer_compile.errors import LoweringError
+from steer_compile.kernels.gates import FACTORS
 from steer_compile.kernels.sae_delta import ADD, ADD_ACTIVE, SET_ACTIVE, activations_in, features_of, moments
 
 RECONSTRUCT, KEEP_ERROR = 1, 2
@@ -57,6 +61,8 @@ class SaeFullArgs(NamedTuple):
     """Number of features, and k of TopK or 0 (S, 4) fp32."""
     log: Tensor | None
     """Indices, then activations of each token's largest features (1, at least T, 2L) fp32, written."""
+    gates: Tensor | None
+    """Factors of each token (T, 4) fp32, of which the third is that of clamps; None without gates."""
     capacity: int
 
 
@@ -82,6 +88,10 @@ def check(a: SaeFullArgs) -> None:
             raise LoweringError(
                 f"{name} of the full SAE op is {tensor.dtype}{list(tensor.shape)}; it takes {wanted}{list(shape)}"
             )
+    if a.gates is not None and (a.gates.dim() != 2 or a.gates.size(1) != FACTORS or a.gates.dtype != torch.float32):
+        raise LoweringError(
+            f"gates of the full SAE op are {a.gates.dtype}{list(a.gates.shape)}; it takes float32 (T, {FACTORS})"
+        )
     if a.rows.dtype != torch.int32 or a.h.dim() != 2 or not a.h.is_contiguous():
         raise LoweringError(
             f"the full SAE op takes values (T, H) in one piece and int32 rows, not {a.h.dim()} dimensions with strides "
@@ -103,15 +113,16 @@ def reference_fp64(a: SaeFullArgs) -> tuple[Tensor, Tensor | None]:
 
 def _served(a: SaeFullArgs, wide: torch.dtype, numbers: torch.dtype) -> tuple[Tensor, Tensor | None]:
     chosen = a.row_set[a.rows]
-    opted = chosen[:, 0] > 0
+    gate = torch.ones_like(chosen[:, 0]) if a.gates is None else a.gates[:, 2]
+    opted = (chosen[:, 0] > 0) & ((gate != 0) | (chosen[:, 2] > 0))
     opted = opted & (opted.to(torch.int32).cumsum(0) <= a.capacity)
     out, log = a.h, None if a.log is None else a.log[0, : a.h.size(0)]
     count = a.encoder.size(0) // a.sae_set.size(0)
     for slot in range(a.sae_set.size(0)):
         here = opted & (chosen[:, 0] == slot + 1)
         part = slice(slot * count, (slot + 1) * count)
-        values, found = _of_slot(a, slot, part, wide)
-        changes = here & ((chosen[:, 1] == RECONSTRUCT) | ((chosen[:, 1] == KEEP_ERROR) & values.changed))
+        values, found = _of_slot(a, slot, part, wide, gate.to(wide).unsqueeze(-1))
+        changes = here & (gate != 0) & ((chosen[:, 1] == RECONSTRUCT) | ((chosen[:, 1] == KEEP_ERROR) & values.changed))
         new = torch.where((chosen[:, 1] == RECONSTRUCT).unsqueeze(-1), values.decoded, values.kept)
         out = torch.where(changes.unsqueeze(-1), new.to(out.dtype), out)
         if log is not None:
@@ -125,8 +136,8 @@ class _Values(NamedTuple):
     changed: Tensor
 
 
-def _of_slot(a: SaeFullArgs, slot: int, part: slice, wide: torch.dtype) -> tuple[_Values, Tensor]:
-    """Values of all tokens by one autoencoder, and their features (T, F)."""
+def _of_slot(a: SaeFullArgs, slot: int, part: slice, wide: torch.dtype, gate: Tensor) -> tuple[_Values, Tensor]:
+    """Values of all tokens by one autoencoder behind their gates (T, 1), and their features (T, F)."""
     settings, x = a.settings[part].to(wide), a.h.to(wide)
     encoder, decoder = a.encoder[part].to(wide), a.decoder[part].to(wide)
     mean, std = moments(x)
@@ -144,7 +155,8 @@ def _of_slot(a: SaeFullArgs, slot: int, part: slice, wide: torch.dtype) -> tuple
     normed = settings[0, 6] >= 0
     step = torch.where(normed, std, settings[0, 7])
     decoded = ((f + moves) @ decoder + a.bias[slot].to(wide)) * step + torch.where(normed, mean, 0.0)
-    return _Values(decoded, x + (moves @ decoder) * step, (moved != 0).any(-1)), f
+    decoded = torch.where(gate == 1, decoded, x + gate * (decoded - x))
+    return _Values(decoded, x + gate * (moves @ decoder) * step, (moved != 0).any(-1)), f
 
 
 def _among_largest(f: Tensor, numbers: Tensor) -> Tensor:
@@ -180,7 +192,7 @@ def _sae_full(*args: Any) -> None:
 
 def _signature() -> inspect.Signature:
     """The op's signature, from which torch infers its schema."""
-    kinds = {"log": Tensor | None, "capacity": int}
+    kinds = {"log": Tensor | None, "gates": Tensor | None, "capacity": int}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     given = [inspect.Parameter(name, kind, annotation=kinds.get(name, Tensor)) for name in SaeFullArgs._fields]
     return inspect.Signature(given, return_annotation=None)

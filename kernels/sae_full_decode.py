@@ -119,9 +119,9 @@ def _moves(x, mean, deviation, line, own, picks, clamps, encoder, decoder, setti
 
 @triton.jit
 def finish(
-    h, encoder, decoder, settings, bias, rows, row_set, row_clamp, sae_set, order, meta, narrow, wide, listed,
+    h, encoder, decoder, settings, bias, rows, row_set, row_clamp, sae_set, gates, order, meta, narrow, wide, listed,
     sums, programs, H: tl.constexpr, F: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Write the new value of each listed token."""
     tiles = tl.load(meta + S)
@@ -135,6 +135,10 @@ def finish(
             row = tl.load(rows + token)
             slot = tl.load(row_set + row * 4).to(tl.int32) - 1
             mode = tl.load(row_set + row * 4 + 1)
+            gate = 1.0
+            if GATED:
+                gate = tl.load(gates + far(token, 4) + 2)
+                mode = tl.where(gate == 0, 0.0, mode)  # it is listed for its log
             first = far(slot, F)
             lines = settings + first * 8
             at = h + far(token, H) + cols
@@ -159,6 +163,8 @@ def finish(
                 moved, _ = _moves(x, mean, deviation, line, narrow + here, picks, clamps, encoder + first * H,
                                   decoder + first * H, lines, cols, H, BLOCK, K, True)  # fmt: skip
                 y = (y + moved) * step + tl.where(normed, mean, 0.0)
+                if GATED:
+                    y = tl.where(gate == 1, y, x + gate * (y - x))
                 tl.store(at, y.to(h.dtype.element_ty), mask=within)
             elif mode == 2:
                 if place < filled:
@@ -168,4 +174,4 @@ def finish(
                     moved, changed = _moves(x, mean, deviation, line, narrow, 0, clamps, encoder + first * H,
                                             decoder + first * H, lines, cols, H, BLOCK, K, False)  # fmt: skip
                 if changed > 0:
-                    tl.store(at, (x + moved * step).to(h.dtype.element_ty), mask=within)
+                    tl.store(at, (x + moved * step * gate).to(h.dtype.element_ty), mask=within)

@@ -25,11 +25,11 @@ META = 4
 
 @triton.jit(do_not_specialize=["T", "capacity", "room"])
 def compact(
-    rows, row_set, sae_set, order, meta, T, capacity, room, S: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    ALL: tl.constexpr,
+    rows, row_set, sae_set, gates, order, meta, T, capacity, room, S: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    ALL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Lists the first ``capacity`` opted-in tokens, all of them with ALL, in ``order`` (room,), -1 where there is none.
-    ``meta``: see `META`."""
+    Those behind a closed gate are listed to be logged only. ``meta``: see `META`."""
     lane = tl.arange(0, BT)
     for start in range(0, room, BT):
         tl.store(order + start + lane, tl.full([BT], -1, tl.int32), mask=start + lane < room)
@@ -46,12 +46,14 @@ def compact(
             row = tl.load(rows + t, mask=there, other=0)
             slot = tl.load(row_set + row * 4, mask=there, other=0.0).to(tl.int32) - 1
             opted = there & (slot >= 0)
+            logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
+            if GATED:
+                opted = opted & ((tl.load(gates + t * 4 + 2, mask=there, other=0.0) != 0) | (logged > 0))
             served = opted
             if ALL == 0:
                 served = opted & (seen + tl.cumsum(opted.to(tl.int32), 0) <= capacity)
                 seen += tl.sum(opted.to(tl.int32), 0)
             mode = tl.load(row_set + row * 4 + 1, mask=there, other=0.0)
-            logged = tl.load(row_set + row * 4 + 2, mask=there, other=0.0)
             k = tl.load(sae_set + tl.maximum(slot, 0) * 4 + 1, mask=served, other=0.0)
             dense = (mode == 1) | (k > 0) | (logged > 0)
             mine = served & tl.where(kind < S, dense & (slot == kind), (dense == 0) & (mode == 2))

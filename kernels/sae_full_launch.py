@@ -90,9 +90,10 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
     picks = torch.empty((filled, 2 * PICKS.value), dtype=fp32, device=device)
     listed = (order, meta)
     chunk = FEW_TOKENS if isinstance(tokens, int) and tokens <= FEW_TOKENS else CHUNK
+    gates, gated = (a.row_set if a.gates is None else a.gates), a.gates is not None
     wrap(compact)[(1,)](
-        a.rows, a.row_set, a.sae_set, *listed, tokens, capacity, room, **shape, BT=chunk,
-        ALL=isinstance(tokens, int) and capacity >= tokens,
+        a.rows, a.row_set, a.sae_set, gates, *listed, tokens, capacity, room, **shape, BT=chunk,
+        ALL=isinstance(tokens, int) and capacity >= tokens, GATED=gated,
         num_warps=16 if chunk > FEW_TOKENS else 4,
     )  # fmt: skip
     wrap(encode)[(tiles.encode.programs * processors,)](
@@ -109,9 +110,9 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
         PARTS=tiles.parts, num_warps=tiles.decode.warps, num_stages=tiles.decode.stages,
     )  # fmt: skip
     wrap(finish)[(min(4 * programs, room),)](
-        a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, *listed, narrow, wide,
-        picks, sums, decoding, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
-        BLOCK=block, PARTS=tiles.parts, num_warps=tiles.writing,
+        a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, gates, *listed, narrow,
+        wide, picks, sums, decoding, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
+        BLOCK=block, PARTS=tiles.parts, GATED=gated, num_warps=tiles.writing,
     )  # fmt: skip
 
 

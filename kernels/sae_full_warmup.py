@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from steer_compile.ir import Edit, Plan
+from steer_compile.kernels.gates import FACTORS
 from steer_compile.kernels.sae_full import SaeFullArgs
 from steer_compile.kernels.sae_full_decode import decode, finish
 from steer_compile.kernels.sae_full_kernels import compact, encode
@@ -38,9 +39,10 @@ def idle_args(edit: Edit, plan: Plan, tokens: int, device: torch.device) -> SaeF
     log = torch.zeros(1, tokens, banks["full_log"].width, device=device) if "full_log" in banks else None
     h = torch.zeros(tokens, edit.site.width, dtype=edit.site.dtype, device=device)
     rows = torch.zeros(tokens, dtype=torch.int32, device=device)
+    gates = torch.ones(tokens, FACTORS, device=device) if edit.gated else None
     return SaeFullArgs(
         h, rows, zeros("full_row"), zeros("full_clamp"), matrix, matrix, zeros("full_set"), zeros("full_bias"),
-        zeros("full_sae"), log, plan.sae_tokens,
+        zeros("full_sae"), log, gates, plan.sae_tokens,
     )  # fmt: skip
 
 

@@ -82,8 +82,7 @@ def _gated(plan: Plan, nodes: Mapping[str, fx.Node], flow: Dataflow) -> Plan:
     places = {edit: flow.order[flow.writers.get(value, [value])[-1]] for edit, value in values.items()}
     first = min((places[edit] for edit in plan.edits if edit.detects), default=math.inf)
     return replace(plan, edits=tuple(
-        replace(edit, gated=True) if not edit.detects and edit.ops != ("capture",)
-        and not edit.decodes and places[edit] >= first else edit
+        replace(edit, gated=True) if not edit.detects and edit.ops != ("capture",) and places[edit] >= first else edit
         for edit in plan.edits
     ))  # fmt: skip
 

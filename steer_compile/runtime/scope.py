@@ -44,11 +44,15 @@ class Scope:
         if self._tables.device is not None and not later:
             self._tables.check(family, site, numbers)
 
+    def families(self, site: SiteKey) -> tuple[str, ...]:
+        """Op families that the spec gives a site, none where it does not steer it."""
+        chosen = [s for s in self._spec.steer if s.hook == site[0] and _may_hold(s, site[1])]
+        return tuple(dict.fromkeys(op for s in chosen for op in s.ops))
+
     def _check_spec(self, family: str, site: SiteKey) -> None:
         hook, layer = site
-        chosen = [s for s in self._spec.steer if s.hook == hook and _may_hold(s, layer)]
-        families = tuple(dict.fromkeys(op for s in chosen for op in s.ops))
-        if not chosen:
+        families = self.families(site)
+        if not families:
             have = ", ".join(f"{s.hook} at {s.layers}" for s in self._spec.steer) or "nothing"
             raise SiteNotFound(
                 f"the spec does not steer layers.{layer}.{hook}; it steers {have}; add it to the spec and compile again"

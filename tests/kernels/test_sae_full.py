@@ -66,7 +66,7 @@ def packed(
         torch.full((1, rows.numel() + 2, 2 * TOP), torch.nan),
     )  # fmt: skip
     moved = [t.to(DEVICE) for t in tensors]
-    return SaeFullArgs._make([*moved, rows.numel()])
+    return SaeFullArgs._make([*moved, None, rows.numel()])
 
 
 def run(a: SaeFullArgs) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def hold(a: SaeFullArgs, tolerance: float = 2e-4) -> None:
     expected, log = reference_fp64(a)
     size = expected.abs().amax(-1, keepdim=True).clamp(min=1)
     assert float(((got.double() - expected).abs() / size).max()) <= tolerance
-    idle = a.row_set[a.rows, 1] == 0
+    idle = (a.row_set[a.rows, 1] == 0) | (a.gates is not None and a.gates[:, 2] == 0)
     assert torch.equal(got[idle], a.h[idle])
     tokens = a.h.size(0)
     assert bool(logged[tokens:].isnan().all())
@@ -166,7 +166,7 @@ def wide_topk(k: int, count: int, whole: bool) -> SaeFullArgs:
         numbers(count, WIDTH), numbers(count, WIDTH), lines, numbers(1, WIDTH),
         torch.tensor([[count, k, 0, 0]]).float(), torch.full((1, 7, 2 * TOP), torch.nan),
     )  # fmt: skip
-    return SaeFullArgs._make([*[t.to(DEVICE) for t in tensors], 5])
+    return SaeFullArgs._make([*[t.to(DEVICE) for t in tensors], None, 5])
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,36 @@ def test_nan_stays_in_its_row(activation: Activation) -> None:
     assert torch.equal(got[4].nan_to_num(), a.h[4].nan_to_num())
 
 
+def gated(a: SaeFullArgs, numbers: list[float]) -> SaeFullArgs:
+    """Behind gates, of which tier and rows are of no interest here."""
+    gates = torch.full((a.h.size(0), 4), torch.nan)
+    gates[:, 2] = torch.tensor(numbers).repeat(a.h.size(0))[: a.h.size(0)]
+    return a._replace(gates=gates.to(DEVICE))
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.kind)
+@pytest.mark.parametrize("activation", [JumpReLU(P["threshold"]), TopK(5)], ids=lambda activation: activation.kind)
+def test_a_gate_is_the_part_of_the_way_that_a_value_moves(activation: Activation, norm: Normalisation) -> None:
+    made = tiny(activation, norm, subtract_b_dec=True)
+    plain = packed([made, tiny(ReLU(), seed=9)], torch.arange(6).repeat(5))
+    hold(gated(plain, [0.0, 1.0, 0.3, -0.5, 0.0, 2.0, 1.0]))
+    got, whole = run(gated(plain, [0.5]))[0], run(plain)[0]
+    torch.testing.assert_close(got, plain.h + 0.5 * (whole - plain.h), rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(gated(plain, [1.0]))[0], whole)
+
+
+def test_closed_gates_cost_no_place_of_the_capacity() -> None:
+    """Two places, of which a closed token without a log takes none."""
+    a = gated(packed([tiny(ReLU()), tiny(ReLU(), seed=9)], torch.tensor([1, 2, 4, 1])), [0.0, 0.0, 0.0, 1.0])
+    a = a._replace(capacity=2)
+    got, log = run(a)
+    assert torch.equal(got[:3], a.h[:3])
+    assert not torch.equal(got[3], a.h[3])
+    assert log[2].isfinite().all()
+    expected, _ = reference(a)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 3))
 def test_any_mix_of_rows(rows: list[int], seed: int) -> None:
@@ -233,6 +263,7 @@ def test_any_mix_of_rows(rows: list[int], seed: int) -> None:
 def test_the_op_is_the_reference_on_a_cpu_and_compiles() -> None:
     a = packed([tiny(TopK(4)), tiny(ReLU(), seed=9)], torch.arange(6))
     a = SaeFullArgs(*[t.cpu() if isinstance(t, Tensor) else t for t in a])  # type: ignore[arg-type]
+    a = a._replace(gates=torch.tensor([1.0, 0.5, 0.0]).repeat(2)[:, None].expand(6, 4).contiguous())
     expected, log = reference(a)
 
     def steered(h: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,5 +285,9 @@ def test_what_does_not_fit_is_refused() -> None:
         check(a._replace(decoder=a.decoder[:5]))
     with pytest.raises(LoweringError, match=r"in one piece and int32 rows, not 2 dimensions with strides \(1, 6\)"):
         check(a._replace(h=a.h.T.contiguous().T))
+    with pytest.raises(
+        LoweringError, match=r"gates of the full SAE op are torch.float32\[6\]; it takes float32 \(T, 4\)"
+    ):
+        check(a._replace(gates=torch.ones(6)))
     with pytest.raises(LoweringError, match="int32 rows"):
         check(a._replace(rows=a.rows.long()))
