@@ -112,6 +112,11 @@ class SAEStore:
             del self._attached[name]
             self._places.clear(found)
 
+    def users(self, name: str) -> int:
+        """Rows that use an autoencoder, those of everyone included."""
+        with self._lock:
+            return self._users(name)
+
     def get(self, name: str) -> Attached:
         """The autoencoder of a name.
 
