@@ -43,6 +43,12 @@ def said(llm: Any, requests: list[Any]) -> list[list[int]]:
     return engines.texts(engines.generated(llm, requests, prompts=[LONG] * len(requests)))
 
 
+def of_the_prompt(llm: Any) -> list[float]:
+    """What is said where the prompt alone is steered, all of which is cached but for its end."""
+    (output,) = engines.generated(llm, [asked("parts", phase="prefill")], prompts=[LONG])
+    return engines.logprobs(output)
+
+
 def compiled() -> dict[str, int]:
     """How many graphs Dynamo has made in this process, and how many frames it has looked at."""
     from torch._dynamo.utils import counters
@@ -68,7 +74,7 @@ def test_they_come_and_go_while_the_engine_runs(models: Path, root: Path, monkey
     expected = said(llm, REQUESTS)
     del llm
     llm = engines.engine(path, SPEC, saes={"parts": {"path": str(root / "another"), "features": [20, 3, 8]}}, **OPTIONS)
-    (other,) = said(llm, [asked("parts")])
+    (other,), early = said(llm, [asked("parts")]), of_the_prompt(llm)
     del llm
     assert len({*map(tuple, expected), tuple(other)}) == len(REQUESTS)
 
@@ -83,6 +89,8 @@ def test_they_come_and_go_while_the_engine_runs(models: Path, root: Path, monkey
     assert [each["name"] for each in attached_saes(llm)["saes"]] == ["parts", "whole"]
     for _ in range(2):  # the second time from cached blocks
         assert said(llm, REQUESTS) == expected
+    former = of_the_prompt(llm)
+    assert former != pytest.approx(early, abs=100 * engines.TOLERANCE)
     with pytest.raises(ValueError, match="feature 5 of 'parts' is not loaded"):
         said(llm, [asked("parts", [FeatureClamp(5, 1.0)])])
 
@@ -94,9 +102,11 @@ def test_they_come_and_go_while_the_engine_runs(models: Path, root: Path, monkey
         detach_sae(llm, "parts")
     assert said(llm, REQUESTS[2:]) == expected[2:]
     attach_sae(llm, "parts", "another", [20, 3, 8])
-    assert said(llm, [asked("parts")]) == [other]  # its cached blocks are those of other weights
+    assert of_the_prompt(llm) == pytest.approx(early, abs=engines.TOLERANCE)  # not from blocks of the former
+    assert said(llm, [asked("parts")]) == [other]
     detach_sae(llm, "parts")
     attach_sae(llm, "parts", "both", [20, 3, 8], sae="sae3")
+    assert of_the_prompt(llm) == pytest.approx(former, abs=engines.TOLERANCE)
     assert said(llm, REQUESTS) == expected
     refused_on_the_way(llm, monkeypatch)
     assert compiled() == before
