@@ -172,7 +172,7 @@ class SAEStore:
 
     def _resolved(self, one: SAESteering) -> Features:
         at = self.get(one.sae)
-        content = at.sae.digest
+        content = at.sae.digest[:32]
         for clamp in one.clamps:
             if clamp.feature >= at.sae.d_sae:
                 raise SAEError(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from steer_compile import sae
 from steer_compile.errors import SAEError, UnknownName
 from steer_compile.sae import FeatureClamp, JumpReLU
 from steer_compile.vllm import attach_sae, attached_saes, detach_sae
+from tests import _tree
 from tests.sae._weights import parts
 from tests.vllm import engines
 from tests.vllm.test_features import CLAMPS, COUNT, SPEC, WIDTH, asked, made
@@ -115,7 +120,7 @@ def test_they_come_and_go_while_the_engine_runs(models: Path, root: Path, monkey
 def in_use(llm: Any) -> None:
     """Requests that wait and requests that run hold it; those that end or are aborted do not."""
     added(llm, "first", asked("parts", CLAMPS[:1]))
-    with pytest.raises(SAEError, match="'parts' at layers.1.post_block is in use by 1 requests; let them end or abort"):
+    with pytest.raises(SAEError, match="'parts' at layers.1.post_block is in use by 1 request; let it end or abort"):
         detach_sae(llm, "parts")
     llm.llm_engine.step()
     added(llm, "second", asked("parts", CLAMPS[1:]))
@@ -123,7 +128,7 @@ def in_use(llm: Any) -> None:
     with pytest.raises(SAEError, match="in use by 2 requests"):
         detach_sae(llm, "parts")
     llm.llm_engine.abort_request(["second"])
-    with pytest.raises(SAEError, match="in use by 1 requests"):
+    with pytest.raises(SAEError, match="in use by 1 request;"):
         detach_sae(llm, "parts")
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
@@ -160,3 +165,29 @@ def test_a_notebook_may_attach_too(models: Path, root: Path) -> None:
     assert asyncio.run(cell()) == ["parts"]
     assert torch.is_inference_mode_enabled() is False
     assert len(said(llm, [asked("parts", CLAMPS[:1])])) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_change_together_or_not_at_all(models: Path, root: Path) -> None:
+    """Tensor parallel ranks in processes of their own, one of which refuses in between."""
+    path, found = engines.saved("llama", models), {}
+    for ranks in (1, 2):
+        if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+            pytest.skip(f"{ranks} ranks need as many GPUs")
+        env = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks]),
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # one rank is made to differ by a function
+            "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.vllm.sae_processes", str(path), str(ranks), str(root)]
+        done = subprocess.run(
+            command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[ranks] = json.loads([line for line in done.stdout.splitlines() if line.startswith("[[")][-1])
+    (plain, steered), refusal, again = found[2]
+    assert plain != steered
+    assert found[1] == [[plain, steered], "", [plain, steered]]
+    assert again == [plain, steered]
+    assert "a worker of the engine refuses the change, which was taken back in all" in refusal
+    assert "are those of 'stray'" in refusal

@@ -83,7 +83,7 @@ def test_running_requests_and_everyone_hold_it(server: Server, attached: Any) ->
     )
     next(iter(running))
     refused = ask(server, "DELETE", "/saes/bridge")
-    assert (refused.status_code, "is in use by 1 requests; let them end" in message(refused)) == (400, True)
+    assert (refused.status_code, "is in use by 1 request; let it end" in message(refused)) == (400, True)
     running.close()  # the server aborts it
     everyone = json.dumps({**json.loads(text(phase="decode"))})
     for _ in range(2):
@@ -104,7 +104,8 @@ def test_bad_bodies_and_paths_are_refused(server: Server, root: Path, tmp_path: 
         for body in (
             "", "[]", "{", {}, {"path": 3}, {"path": "sae3"}, {"path": "sae3", "features": [99]},
             {**first, "path": "link"}, {**first, "path": "../secret"}, {**first, "path": str(tmp_path / "secret")},
-            {"path": "sae3", "whole": True}, {"path": "sae3", "features": list(range(5))}, {**first, "path": "sae3", "site": "layers.9.post_block"},
+            {"path": "sae3", "whole": True}, {"path": "sae3", "features": list(range(5))},
+            {**first, "path": "sae3", "site": "layers.9.post_block"},
         )
     }  # fmt: skip
     assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(answers, 400)

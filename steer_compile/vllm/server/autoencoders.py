@@ -77,7 +77,10 @@ async def detach(engine: Engine, name: str) -> None:
         try:
             used = using(engine.client.output_processor, held.number)
             if used:
-                raise SAEError(f"{where} is in use by {used} requests; let them end or abort them, and detach it then")
+                many = (
+                    "1 request; let it end or abort it" if used == 1 else f"{used} requests; let them end or abort them"
+                )
+                raise SAEError(f"{where} is in use by {many}, and detach it then")
             await _rows_gone(engine, name, where)
             await _change(engine, DETACH_SAE, name)
         except Torn:
@@ -103,8 +106,11 @@ def _read(root: str, name: str, given: Mapping[str, Any]) -> tuple[SAESpec, SAE]
         raise SpecError(f"saes: {name!r} has the path {path!r:.80}; give a folder or a file under vector_root")
     if not root:
         raise SpecError(NO_ROOT)
-    (spec,) = sae_specs({name: {**given, "path": str(autoencoder_under(root, path))}})
-    return spec, spec.read()
+    try:
+        (spec,) = sae_specs({name: {**given, "path": str(autoencoder_under(root, path))}})
+        return spec, spec.read()
+    except PermissionError as error:
+        raise SAEError(f"{path!r} cannot be read ({error.strerror}); let the server's user read it") from error
 
 
 async def _rows_gone(engine: Engine, name: str, where: str) -> None:
