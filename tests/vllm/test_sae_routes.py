@@ -41,8 +41,8 @@ BODY = {"path": "first", "features": [3, 8]}
 
 def made(seed: int, width: int = WIDTH) -> SAE:
     own = parts(seed, width, COUNT)
-    tensors = {key: own[key] for key in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return SAE(**tensors, activation=JumpReLU(own["threshold"]), site=SITE, name=f"sae{seed}")
+    activation = JumpReLU(own["threshold"])
+    return SAE(own["W_enc"], own["b_enc"], own["W_dec"], own["b_dec"], activation, site=SITE, name=f"sae{seed}")
 
 
 class Ranks:

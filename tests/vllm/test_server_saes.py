@@ -27,8 +27,8 @@ COUNT, PLACE = 96, "layers.1.post_block"
 
 def made(seed: int) -> SAE:
     own = parts(seed, engines.WIDTH, COUNT)
-    tensors = {key: own[key] for key in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return SAE(**tensors, activation=JumpReLU(own["threshold"]), site=("post_block", 1), name="one")
+    activation = JumpReLU(own["threshold"])
+    return SAE(own["W_enc"], own["b_enc"], own["W_dec"], own["b_dec"], activation, site=("post_block", 1), name="one")
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from steer_compile.dynamic.codec import text_of
-from steer_compile.errors import NotSteered, SAEError, SpecError
+from steer_compile.errors import NotSteered, SAEError, SpecError, SteerError
 from steer_compile.sae.model import SAE
 from steer_compile.vllm.adapters.outputs import using
 from steer_compile.vllm.adapters.workers import ATTACH_SAE, DETACH_SAE, SAE_USERS, UNDO_SAE
 from steer_compile.vllm.autoencoders import SAESpec, sae_specs
+from steer_compile.vllm.offered_saes import Held, offered
 from steer_compile.vllm.server import engine as engines
 from steer_compile.vllm.server.engine import Engine, Unavailable, returned
 from steer_compile.vllm.server.files import autoencoder_under
@@ -47,10 +48,10 @@ async def attach(engine: Engine, name: str, given: Mapping[str, Any]) -> dict[st
         held = saes.put(spec, made)
         try:
             await _change(engine, ATTACH_SAE, held.to_data())
-        except BaseException:
-            saes.drop(name)
-            raise
-        saes.offer(name)
+            saes.offer(name)
+        finally:
+            if not offered((held.number,)):
+                saes.drop(name)
         return next(line for line in saes.listed() if line["name"] == name)
 
 
@@ -66,29 +67,39 @@ async def detach(engine: Engine, name: str) -> None:
         saes = engine.front.saes
         held = saes.get(name)
         await engine.check_awake()
-        where = f"the autoencoder {name!r} at {held.attached.place}"
-        phases = [phase for phase, each in engine.front.everyone.items() if name in each.features.names]
-        if phases:
-            raise SAEError(
-                f"{where} is in use by everyone ({' and '.join(phases)}); set global steering without it first, or "
-                "clear it"
-            )
+        _check_everyone(engine, held)
         saes.hide(name)
         try:
-            used = using(engine.client.output_processor, held.number)
-            if used:
-                many = (
-                    "1 request; let it end or abort it" if used == 1 else f"{used} requests; let them end or abort them"
-                )
-                raise SAEError(f"{where} is in use by {many}, and detach it then")
-            await _rows_gone(engine, name, where)
+            _check_requests(engine, held)
+            await _rows_gone(engine, held)
             await _change(engine, DETACH_SAE, name)
         except Torn:
             raise
-        except BaseException:
+        except SteerError:
             saes.offer(name)
             raise
         saes.drop(name)
+
+
+def _where(held: Held) -> str:
+    return f"the autoencoder {held.spec.name!r} at {held.attached.place}"
+
+
+def _check_everyone(engine: Engine, held: Held) -> None:
+    everyone = engine.front.everyone
+    phases = [phase for phase, contents in everyone.items() if held.spec.name in contents.features.names]
+    if phases:
+        raise SAEError(
+            f"{_where(held)} is in use by everyone ({' and '.join(phases)}); set global steering without it first, or "
+            "clear it"
+        )
+
+
+def _check_requests(engine: Engine, held: Held) -> None:
+    used = using(engine.client.output_processor, held.number)
+    if used:
+        many, them = ("1 request", "it") if used == 1 else (f"{used} requests", "them")
+        raise SAEError(f"{_where(held)} is in use by {many}; let {them} end or abort {them}, and detach it then")
 
 
 def _check_replicas(engine: Engine) -> None:
@@ -113,16 +124,16 @@ def _read(root: str, name: str, given: Mapping[str, Any]) -> tuple[SAESpec, SAE]
         raise SAEError(f"{path!r} cannot be read ({error.strerror}); let the server's user read it") from error
 
 
-async def _rows_gone(engine: Engine, name: str, where: str) -> None:
+async def _rows_gone(engine: Engine, held: Held) -> None:
     """Wait for workers to hear of the end of the last requests that used it."""
     for _ in range(engines.TRIES):
-        rows = await returned(engine.client.collective_rpc(SAE_USERS, args=(name,)))
+        rows = await returned(engine.client.collective_rpc(SAE_USERS, args=(held.spec.name,)))
         if rows is None:
-            raise Unavailable(f"a worker of the engine does not answer, so {name!r} stays attached; try again")
+            raise Unavailable(f"a worker of the engine does not answer, so {_where(held)} stays; try again")
         if not any(rows):
             return
         await asyncio.sleep(engines.PAUSE)
-    raise SAEError(f"{where} is in use by {max(rows)} rows of overrides or of requests that end; try again")
+    raise SAEError(f"{_where(held)} is in use by {max(rows)} rows of overrides or of requests that end; try again")
 
 
 async def _change(engine: Engine, method: str, given: object) -> None:

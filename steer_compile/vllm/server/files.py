@@ -62,11 +62,11 @@ def _read_gguf(data: bytes) -> dict[str, torch.Tensor]:
     return found
 
 
-def _under(root: str, path: str) -> Path:
-    """What is at a path under a root, links followed.
+def _under(root: str, path: str) -> tuple[Path, bool]:
+    """Where a path under a root leads, links followed, and whether something is there.
 
     Raises:
-        CheckpointError: outside of the root. FileNotFoundError: not there.
+        CheckpointError: outside of the root.
     """
     base = Path(root).resolve()
     try:
@@ -77,9 +77,11 @@ def _under(root: str, path: str) -> Path:
         raise CheckpointError(f"the path is none of a file ({error}); give one under the server's root") from error
     if not inside:
         raise CheckpointError(f"the path {path!r} leads out of the server's root; give one under it")
-    if not there:
-        raise FileNotFoundError(f"no file {path!r} under the server's root; list what is there on the server")
-    return found
+    return found, there
+
+
+def _absent(path: str) -> FileNotFoundError:
+    return FileNotFoundError(f"no file {path!r} under the server's root; list what is there on the server")
 
 
 def file_under(root: str, path: str) -> Path:
@@ -88,9 +90,11 @@ def file_under(root: str, path: str) -> Path:
     Raises:
         CheckpointError: outside of the root, of another kind, too large. FileNotFoundError: not there.
     """
-    found = _under(root, path)
-    if found.suffix not in (".safetensors", ".gguf") or not found.is_file():
+    found, there = _under(root, path)
+    if found.suffix not in (".safetensors", ".gguf"):
         raise CheckpointError(f"the path {path!r} is of no vector file; give .safetensors or .gguf")
+    if not (there and found.is_file()):
+        raise _absent(path)
     if found.stat().st_size > MAX_FILE:
         raise CheckpointError(f"{path!r} has {found.stat().st_size} bytes, and {MAX_FILE} are the most")
     return found
@@ -103,7 +107,9 @@ def autoencoder_under(root: str, path: str) -> Path:
         CheckpointError: it, its folder, or a link in that leads out of the root. FileNotFoundError: not there.
             SAEError: no layout of autoencoders.
     """
-    found, base = _under(root, path), Path(root).resolve()
+    (found, there), base = _under(root, path), Path(root).resolve()
+    if not there:
+        raise _absent(path)
     _, file, folder = detect(found)
     read = (folder, file, *folder.glob("*"), *folder.glob("*/*"))  # layouts have their files no deeper
     out = next((item for item in read if not item.resolve().is_relative_to(base)), None)
