@@ -86,7 +86,7 @@ class Settings:
                 f"additional_config[{KEY!r}] is a {type(given).__name__}; give the spec as plain data, such as "
                 "{'steer': ['post_block']} (steer_compile.vllm.engine_args makes it of a SteerSpec)"
             )
-        plain = {key: value for key, value in given.items() if key not in OWN_KEYS}
+        plain = _plain(given)
         spec = SteerSpec.from_dict({"dtype": dtype, "sae_tokens": max_tokens, **plain, "max_tokens": max_tokens})
         controllers = controller_specs(given.get("controllers", {}))
         _check_reach(spec, bool(controllers))
@@ -112,6 +112,16 @@ class Settings:
         files = _files(given.get("vectors", {}))
         saes = _saes(given.get("autoencoders", {}), spec, folders["vector_root"])
         return cls(spec, files, **folders, capture_bytes=most, consumers=consumers, controllers=controllers, saes=saes)
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec's part of an entry."""
+    if isinstance(given.get("saes"), Mapping):
+        raise SpecError(
+            "saes is the number of whole autoencoders that a site has room for; name autoencoders in the key "
+            "'autoencoders' of additional_config, as steer_compile.vllm.engine_args(spec, saes={...}) does"
+        )
+    return {key: value for key, value in given.items() if key not in OWN_KEYS}
 
 
 def _check_reach(spec: SteerSpec, controllers: bool) -> None:

@@ -186,6 +186,7 @@ def test_bad_requests_are_refused(saes: dict[str, Any], given: Any, kind: type[E
             "features=5 and options={}; give a list of numbers",
         ),
         ({"autoencoders": {}}, "and no autoencoders; name some in saes"),
+        ({"saes": {"parts": {"path": "."}}}, "name autoencoders in the key 'autoencoders'"),
         ({"sae_tokens": 9}, "a step may have 256 tokens"),
     ],
 )
