@@ -94,6 +94,7 @@ class SlotClamp:
     Attributes:
         slot: of the site's loaded features, or the feature's index within a whole autoencoder.
         sae, feature: what it is, for errors.
+        content: digest of the autoencoder, so that another one of the same name is never taken for it.
     """
 
     slot: int
@@ -101,10 +102,11 @@ class SlotClamp:
     value: float
     sae: str
     feature: int
+    content: str = ""
 
     @classmethod
-    def of(cls, sae: str, clamp: FeatureClamp, slot: int) -> SlotClamp:
-        return cls(slot, _CODES[clamp.kind, clamp.only_if_active], clamp.value, sae, clamp.feature)
+    def of(cls, sae: str, clamp: FeatureClamp, slot: int, content: str) -> SlotClamp:
+        return cls(slot, _CODES[clamp.kind, clamp.only_if_active], clamp.value, sae, clamp.feature, content)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Decoding:
         slot: of the site's whole autoencoders.
         mode: 0 the value is left alone, 1 reconstruct, 2 keep the error.
         log: whether the largest features are stored.
+        content: digest of the autoencoder.
     """
 
     slot: int
@@ -122,6 +125,7 @@ class Decoding:
     log: bool
     sae: str
     clamps: tuple[SlotClamp, ...] = ()
+    content: str = ""
 
     def goes_with(self, other: Decoding) -> bool:
         """Whether a row can hold both: the same autoencoder, and not with and without the error term."""
@@ -165,7 +169,7 @@ class Features:
         return frozenset((*clamped, *(one.sae for _, one in self.decodings)))
 
     def digest(self) -> str:
-        """Equal features have equal digests."""
+        """Equal features of autoencoders of equal content have equal digests."""
         return repr((sorted(self.clamps), sorted(self.decodings, key=lambda item: item[0]))) if self else ""
 
     def yielding(self, own: Features) -> Features:
@@ -201,8 +205,8 @@ class Features:
             return tuple(SlotClamp(*clamp) for clamp in each)
 
         found = (
-            ((hook, layer), Decoding(slot, mode, log, sae, read(each)))
-            for hook, layer, (slot, mode, log, sae, each) in decodings
+            ((hook, layer), Decoding(slot, mode, log, sae, read(each), content))
+            for hook, layer, (slot, mode, log, sae, each, content) in decodings
         )
         return cls(tuple(((hook, layer), read(each)) for hook, layer, each in clamps), tuple(found))
 
@@ -248,7 +252,7 @@ def _decoded(site: SiteKey, first: Decoding, then: Decoding) -> Decoding:
             "or with and without the error term; give one autoencoder and one mode for each site"
         )
     clamps = _joined(site, first.clamps, then.clamps)
-    return Decoding(first.slot, first.mode or then.mode, first.log or then.log, first.sae, clamps)
+    return replace(first, mode=first.mode or then.mode, log=first.log or then.log, clamps=clamps)
 
 
 def _numbers(given: Iterable[Any]) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch
 from steer_compile.errors import NotSteered, SAEError, TableFull, UnknownName
 from steer_compile.runtime.features import Decoding, Features, SAESteering, SlotClamp
 from steer_compile.runtime.gates import SiteLike
+from steer_compile.runtime.sae_places import check_places, placed
 from steer_compile.runtime.sae_tables import Attached, SAETables
 from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.tables import TableSet
 from steer_compile.runtime.vectors import site_key
-from steer_compile.sae.checks import whole as whole_number
 from steer_compile.sae.model import SAE
 from steer_compile.spec import SteerSpec
 
@@ -74,15 +74,25 @@ class SAEStore:
                 that depend on others. SiteNotFound: a site without ``sae`` (features) or ``sae_full`` (whole).
             VectorError: the site has another width. TableFull: no room for so many features or autoencoders.
         """
+        with self._lock:
+            return self.adopt(placed(self._spec, self._attached, name, sae, features, whole, site))
+
+    def adopt(self, made: Attached) -> Attached:
+        """Load an autoencoder at the places that it has in another process, or had here before.
+
+        Raises:
+            SAEError: a name that is taken, or weights that overflow the tables. SiteNotFound, VectorError, TableFull:
+                as in `attach`; a place that is taken is no room.
+        """
         with self._lock, torch.no_grad():
-            made = self._placed(name, sae, features, whole, site)
+            check_places(made, self._attached)
             self._check(made)
             try:
                 self._places.write(made)
             except (RuntimeError, SAEError):  # no room to stage the weights, or numbers beyond the table's range
                 self._places.clear(made)
                 raise
-            self._attached[name] = made
+            self._attached[made.name] = made
             return made
 
     def detach(self, name: str) -> None:
@@ -101,6 +111,11 @@ class SAEStore:
                 )
             del self._attached[name]
             self._places.clear(found)
+
+    def users(self, name: str) -> int:
+        """Rows that use an autoencoder, those of everyone included."""
+        with self._lock:
+            return self._users(name)
 
     def get(self, name: str) -> Attached:
         """The autoencoder of a name.
@@ -157,6 +172,7 @@ class SAEStore:
 
     def _resolved(self, one: SAESteering) -> Features:
         at = self.get(one.sae)
+        content = at.sae.digest[:32]
         for clamp in one.clamps:
             if clamp.feature >= at.sae.d_sae:
                 raise SAEError(
@@ -165,7 +181,7 @@ class SAEStore:
         loaded = dict(zip(at.features, at.slots, strict=True))
         missing = [clamp.feature for clamp in one.clamps if clamp.feature not in loaded]
         if one.mode == "delta" and one.clamps and not one.log and not missing:
-            clamps = tuple(SlotClamp.of(one.sae, clamp, loaded[clamp.feature]) for clamp in one.clamps)
+            clamps = tuple(SlotClamp.of(one.sae, clamp, loaded[clamp.feature], content) for clamp in one.clamps)
             return Features(clamps=((at.site, clamps),))
         if at.whole is None:
             what = f"feature {missing[0]} of {one.sae!r} is not loaded" if missing else f"{one.sae!r} has features only"
@@ -177,39 +193,9 @@ class SAEStore:
         if one.log:
             self._scope.check("sae_log", at.site)
         mode = WRITTEN.get(one.mode, 2 if one.clamps else 0)
-        clamps = tuple(SlotClamp.of(one.sae, clamp, clamp.feature) for clamp in one.clamps)
-        return Features(decodings=((at.site, Decoding(at.whole, mode, one.log or one.mode == "log", one.sae, clamps)),))
-
-    # -- placing --------------------------------------------------------------------------------------------------
-
-    def _placed(
-        self, name: str, sae: SAE, features: Iterable[int] | None, whole: bool, site: SiteLike | None
-    ) -> Attached:
-        if not isinstance(name, str) or not name or name in self._attached:
-            raise SAEError(f"the name {name!r} of an autoencoder is taken or no text; detach it first, or give another")
-        if not isinstance(sae, SAE):
-            raise SAEError(f"{name!r} is a {type(sae).__name__}; give an SAE, as steer_compile.sae.load returns it")
-        own = sae.site if site is None else site_key(site)
-        if own is None or (sae.site is not None and own != sae.site):
-            said = f"belongs to {sae.key}, not to {site!r}" if sae.site else "does not say which site it belongs to"
-            raise SAEError(f"{sae.source or name}: the autoencoder {said}; give attach(..., site=(hook, layer)) of it")
-        if not isinstance(features, Iterable | None) or isinstance(features, str):
-            raise SAEError(f"features={features!r} of {name!r} is no list; give the numbers of features, or None")
-        wanted = tuple(features or ())
-        if not wanted and not whole:
-            raise SAEError(f"nothing of {name!r} would be loaded; give features=[...] to clamp, or whole=True, or both")
-        _check_features(name, sae, wanted)
-        here = [one for one in self._attached.values() if one.site == own]
-        slots = _free(self._spec.features, [slot for one in here for slot in one.slots], len(wanted))
-        places = _free(self._spec.saes, [one.whole for one in here if one.whole is not None], int(whole))
-        if slots is None or places is None:
-            used = sum(len(one.slots) for one in here)
-            raise TableFull(
-                f"layers.{own[1]}.{own[0]} has no room for {name!r}: {used} of features={self._spec.features} and "
-                f"{sum(one.whole is not None for one in here)} of saes={self._spec.saes} are taken by "
-                f"{', '.join(one.name for one in here) or 'nothing'}; detach one, or raise them and compile again"
-            )
-        return Attached(name, sae, own, wanted, slots, places[0] if whole else None)
+        clamps = tuple(SlotClamp.of(one.sae, clamp, clamp.feature, content) for clamp in one.clamps)
+        decoding = Decoding(at.whole, mode, one.log or one.mode == "log", one.sae, clamps, content)
+        return Features(decodings=((at.site, decoding),))
 
     def _check(self, one: Attached, whole: bool = False) -> None:
         if one.features:
@@ -222,26 +208,3 @@ class SAEStore:
                 f"{one.name!r} has {one.sae.d_sae} features and the spec has sae_features={self._spec.sae_features} at "
                 f"{one.place}; raise it and compile again"
             )
-
-
-def _check_features(name: str, sae: SAE, wanted: Sequence[int]) -> None:
-    if sae.activation.batch_dependent:
-        raise SAEError(
-            f"{sae.source or name}: the features of {name!r} depend on the batch, so a token's steering would "
-            "depend on other tokens; give BatchTopK(k, threshold=...)"
-        )
-    if wanted and sae.activation.kind == "topk":
-        raise SAEError(
-            f"{sae.source or name}: the features of {name!r} are the largest of all its features, so none can be "
-            "loaded alone; attach it with whole=True at a site with the op family 'sae_full'"
-        )
-    bad = [n for n in wanted if not 0 <= whole_number(name, "a feature", n) < sae.d_sae]
-    if bad or len(set(wanted)) < len(wanted):
-        what = f"no feature {bad[0]}" if bad else "a feature given twice"
-        raise SAEError(f"{sae.source or name}: {name!r} has {what}; its features are 0 to {sae.d_sae - 1}, each once")
-
-
-def _free(count: int, taken: Sequence[int], wanted: int) -> tuple[int, ...] | None:
-    """The first free places, None where there are not enough."""
-    free = sorted(set(range(count)) - set(taken))[:wanted]
-    return tuple(free) if len(free) == wanted else None

@@ -45,8 +45,9 @@ class SAETables:
         self._width = tables.spec.sae_features
 
     def _held(self, one: Attached) -> bool:
-        """Whether the site's tensors are here."""
-        return self._tables.device is not None and bool(self._tables.families(one.site))
+        """Whether the site's tensors are here, and hold something."""
+        device = self._tables.device
+        return device is not None and device.type != "meta" and bool(self._tables.families(one.site))
 
     def write(self, one: Attached) -> None:
         if not self._held(one):

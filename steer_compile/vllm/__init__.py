@@ -10,6 +10,16 @@ vLLM that this package leans on has a file of its own in ``adapters``, with the 
 """
 
 from steer_compile.vllm.capture_files import Captured, capture_result, captured
+from steer_compile.vllm.offline import attach_sae, attached_saes, detach_sae
 from steer_compile.vllm.settings import cli_config, engine_args
 
-__all__ = ["Captured", "capture_result", "captured", "cli_config", "engine_args"]
+__all__ = [
+    "Captured",
+    "attach_sae",
+    "attached_saes",
+    "capture_result",
+    "captured",
+    "cli_config",
+    "detach_sae",
+    "engine_args",
+]

@@ -171,7 +171,7 @@ def captured(output: Any, llm: Any = None, timeout: float = 60.0) -> Captured:
         )
     paths = stage_files(Path(reference["file"]), reference["stages"])
     if llm is not None and not all(path.exists() for path in paths):
-        _go_on(llm)
+        go_on(llm)
     end = time.monotonic() + timeout
     for path in paths:
         while not path.exists():
@@ -197,7 +197,7 @@ def capture_result(output: Any, llm: Any, timeout: float = 60.0) -> dict[str, st
     reference = (output.kv_transfer_params or {}).get("steer_capture")
     if reference is None or not reference["to"]:
         raise NotSteered("the rows of this output went to no consumer; give the request {'capture': {'to': NAME}}")
-    _go_on(llm)
+    go_on(llm)
     end = time.monotonic() + timeout
     while True:
         answers = llm.collective_rpc(RESULT, args=(reference["to"], reference["name"]))
@@ -214,7 +214,7 @@ def worst(stages: list[dict[str, str]]) -> dict[str, str]:
     return {**first, "place": "\n".join(dict.fromkeys(each["place"] for each in stages if each["place"]))}
 
 
-def _go_on(llm: Any) -> None:
+def go_on(llm: Any) -> None:
     """Let an engine in this process hear that its requests have ended; others go on by themselves."""
     from vllm.v1.engine.core_client import InprocClient
 

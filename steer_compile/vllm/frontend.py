@@ -19,6 +19,7 @@ from steer_compile.runtime.vectors import PHASES, SiteKey, VectorSet
 from steer_compile.vllm.capture_files import file_at, file_name
 from steer_compile.vllm.capture_requests import CaptureAsked, CaptureRequest
 from steer_compile.vllm.model import Shape, expected_banks
+from steer_compile.vllm.offered_saes import OfferedSAEs
 from steer_compile.vllm.request_gates import gated
 from steer_compile.vllm.requests import OVERRIDE, parse, parts
 from steer_compile.vllm.settings import Settings, load_vectors
@@ -49,12 +50,14 @@ class Checked:
         capture: the name of its captured rows, the consumer that they go to or "", the file that they are in
             without, and how many stages of a pipeline write it; None where it captures nothing.
         whole: it captures prompt tokens, all of which must therefore be computed.
+        saes: numbers of the autoencoders that it uses (`offered_saes`).
     """
 
     data: dict[str, Any]
     digests: dict[str, str]
     capture: dict[str, Any] | None = None
     whole: bool = False
+    saes: tuple[int, ...] = ()
 
 
 def _short(text: str) -> str:
@@ -69,6 +72,7 @@ class FrontEnd:
 
     Attributes:
         everyone: what every request gets, by phase.
+        saes: autoencoders that requests may name.
         stages: of the engine's pipeline.
     """
 
@@ -85,8 +89,8 @@ class FrontEnd:
         banks = self._registry.tables.banks
         self._captured = {site: bank.width for bank in banks if bank.kind == "capture" for site in bank.sites}
         self.everyone: Everyone = {"prefill": Contents(), "decode": Contents()}
-        for sae in settings.saes:
-            sae.attach(self._registry)
+        self.saes = OfferedSAEs(self._registry)
+        self.saes.start(settings.saes)
         for name, path in settings.vectors:
             self.register(name, load_vectors(path))
 
@@ -99,6 +103,7 @@ class FrontEnd:
         """
         rest, gates, asked = parts(given)
         steering = parse(rest)
+        saes = self.saes.numbers(steering.features)  # in front of their clamps, which one attached meanwhile would give
         made, more = self._made(steering, self.everyone), dict[str, Any]()
         if gates is not None:
             own, at_most, more = gated(self._registry, self.settings.spec, made["decode"], steering.tokens, gates)
@@ -114,12 +119,12 @@ class FrontEnd:
         if more.get("gates") or more.get("conversation"):
             digests[OVERRIDE] = "1"
         if asked is None:
-            return Checked(data, digests)
+            return Checked(data, digests, saes=saes)
         capture = self._capture(CaptureAsked.of(asked))
         data["capture"] = capture.to_data()
         file = "" if capture.to else str(file_at(self.settings.capture_dir, capture.name))
         reference = {"name": capture.name, "to": capture.to, "file": file, "stages": self.stages}
-        return Checked(data, digests, reference, capture.tokens.in_prompt)
+        return Checked(data, digests, reference, capture.tokens.in_prompt, saes)
 
     def _made(self, steering: Steering, others: Everyone) -> dict[str, Contents]:
         """Contents by phase that a row of the engine can hold beside what others have."""
@@ -227,13 +232,15 @@ class FrontEnd:
         steering = parse(given)
         if steering.tokens is not None or steering.monitors or steering.clamps:
             raise SpecError("global steering has vectors and features only; leave out tokens, monitors and clamps")
+        self.saes.numbers(steering.features)
         return self._made(steering, {})
 
     def status(self) -> dict[str, Any]:
-        """The spec, the model's stream, named vectors and global steering."""
+        """The spec, the model's stream, named vectors, autoencoders and global steering."""
         return {
             "spec": {k: v for k, v in self.settings.spec.to_dict().items() if k != "max_tokens"},
             "model": {"layers": self._shape.n_layers, "width": self._shape.width},
             "vectors": self.vectors(),
+            "saes": self.saes.listed(),
             "global": digests_of(self.everyone),
         }

@@ -42,6 +42,8 @@ CAPTURE = "steer_capture"
 """Key under which the front end puts where a request's captured rows will be."""
 DIGESTS = "steer_digests"
 """Key under which the front end puts the digest of a request's steering in each phase, "" for none."""
+SAES = "steer_saes"
+"""Key under which the front end puts the numbers of the autoencoders that a request uses."""
 OVERRIDE = "override"
 """Key beside these: whether the request may need a row for overrides."""
 MAX_NUMBERS = 1 << 26
@@ -96,6 +98,12 @@ def overrides(extra_args: object) -> bool:
     """Whether a request that the front end let in may need a row of the pool of overrides for what it declares."""
     given = extra_args.get(DIGESTS) if isinstance(extra_args, Mapping) and KEY in extra_args else None
     return isinstance(given, Mapping) and bool(given.get(OVERRIDE))
+
+
+def used_saes(extra_args: object) -> frozenset[int]:
+    """Numbers of the autoencoders of a request that the front end let in."""
+    given = extra_args.get(SAES) if isinstance(extra_args, Mapping) and KEY in extra_args else None
+    return frozenset(given) if isinstance(given, list) else frozenset()
 
 
 def _decoded(given: object) -> object:

@@ -22,8 +22,8 @@ from steer_compile.vllm.operator_code import ControllerSpec, controller_specs, t
 KEY = "steer_compile"
 """Key of the settings in vLLM's ``additional_config``."""
 
-OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes", "consumers", "controllers", "saes")
-"""Keys beside the spec's."""
+OWN_KEYS = ("vectors", "vector_root", "capture_dir", "capture_bytes", "consumers", "controllers", "autoencoders")
+"""Keys beside the spec's, whose ``saes`` is a number."""
 CAPTURE_BYTES = 1 << 30
 
 SITE_OPS = ("tier", "monitor")
@@ -37,13 +37,14 @@ class Settings:
     Attributes:
         spec: what may be steered; ``max_tokens`` is the engine's own.
         vectors: pairs of a name and the safetensors file of its vectors (tensors named ``layers.3.post_block``).
-        vector_root: folder whose files an operator may register by path over HTTP; "" for none.
+        vector_root: folder whose vector files and autoencoders an operator may name by path while the engine runs; ""
+            for none.
         capture_dir: folder for captured rows, on the machine of the engine; needed where the spec captures, unless
             controllers or gates of requests look at what it captures.
         capture_bytes: most bytes of captured rows in memory; of what comes beyond them rows are dropped.
         consumers: where captured rows go beside files, by the names that requests give.
         controllers: controllers of dynamic steering, run on every rank.
-        saes: autoencoders whose features requests may steer.
+        saes: autoencoders whose features requests may steer, loaded when the engine starts.
     """
 
     spec: SteerSpec
@@ -85,7 +86,7 @@ class Settings:
                 f"additional_config[{KEY!r}] is a {type(given).__name__}; give the spec as plain data, such as "
                 "{'steer': ['post_block']} (steer_compile.vllm.engine_args makes it of a SteerSpec)"
             )
-        plain = {key: value for key, value in given.items() if key not in OWN_KEYS}
+        plain = _plain(given)
         spec = SteerSpec.from_dict({"dtype": dtype, "sae_tokens": max_tokens, **plain, "max_tokens": max_tokens})
         controllers = controller_specs(given.get("controllers", {}))
         _check_reach(spec, bool(controllers))
@@ -109,8 +110,18 @@ class Settings:
                 f"the spec has the consumer {consumers[0].name!r} and captures nothing; name hooks in capture"
             )
         files = _files(given.get("vectors", {}))
-        saes = _saes(given.get("saes", {}), spec)
+        saes = _saes(given.get("autoencoders", {}), spec, folders["vector_root"])
         return cls(spec, files, **folders, capture_bytes=most, consumers=consumers, controllers=controllers, saes=saes)
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec's part of an entry."""
+    if isinstance(given.get("saes"), Mapping):
+        raise SpecError(
+            "saes is the number of whole autoencoders that a site has room for; name autoencoders in the key "
+            "'autoencoders' of additional_config, as steer_compile.vllm.engine_args(spec, saes={...}) does"
+        )
+    return {key: value for key, value in given.items() if key not in OWN_KEYS}
 
 
 def _check_reach(spec: SteerSpec, controllers: bool) -> None:
@@ -134,8 +145,8 @@ def _check_reach(spec: SteerSpec, controllers: bool) -> None:
         )
 
 
-def _saes(given: object, spec: SteerSpec) -> tuple[SAESpec, ...]:
-    """The engine's autoencoders, and that the spec can do what they need."""
+def _saes(given: object, spec: SteerSpec, root: str) -> tuple[SAESpec, ...]:
+    """The engine's autoencoders, and that the spec can do what they need; with a root they may all come later."""
     families = {op for selection in spec.steer for op in selection.ops}
     if "sae_log" in families:
         raise SpecError(
@@ -148,11 +159,15 @@ def _saes(given: object, spec: SteerSpec) -> tuple[SAESpec, ...]:
             "want decoded; leave sae_tokens out, or lower max_num_batched_tokens"
         )
     found = sae_specs(given)
-    if bool(found) != bool(families & {"sae", "sae_full"}):
+    reads = bool(families & {"sae", "sae_full"})
+    if found and not reads:
         raise SpecError(
-            "the spec has the op families sae or sae_full and no autoencoders; name some in saes"
-            if not found
-            else f"saes names {found[0].name!r}, and the spec has neither 'sae' nor 'sae_full' in its ops; add one"
+            f"saes names {found[0].name!r}, and the spec has neither 'sae' nor 'sae_full' in its ops; add one"
+        )
+    if reads and not (found or root):
+        raise SpecError(
+            "the spec has the op families sae or sae_full and no autoencoders; name some in saes, or give vector_root, "
+            "the folder from which an operator may attach them to the running engine"
         )
     return found
 
@@ -186,7 +201,8 @@ def engine_args(
     Args:
         spec: what may be steered. Its ``max_tokens`` has no part in it.
         vectors: named vector sets for requests: name to safetensors file.
-        vector_root: folder whose vector files an operator of a server may register by path.
+        vector_root: folder whose vector files and autoencoders an operator may name by path while the engine runs.
+            Needed where the spec has ``sae`` or ``sae_full`` and ``saes`` names none.
         capture_dir: folder for captured rows; needed where the spec captures and nothing but requests reads that.
         controllers: controllers of dynamic steering: name to ``{"class": "module:Class", "args": {...}}``, of which
             every process of the engine makes one. Code of the operator's; requests cannot name any.
@@ -206,7 +222,7 @@ def engine_args(
     if controllers:
         more["controllers"] = to_data(controller_specs(controllers))
     if saes:
-        more["saes"] = {spec.name: spec.to_data() for spec in sae_specs(saes)}
+        more["autoencoders"] = {spec.name: spec.to_data() for spec in sae_specs(saes)}
     if consumers:
         more["consumers"] = {spec.name: spec.to_data() for spec in consumer_specs(consumers)}
     return {"additional_config": {KEY: {**plain, **more}}}

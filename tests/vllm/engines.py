@@ -75,7 +75,7 @@ def engine(model: Path, spec: SteerSpec | None = None, **options: Any) -> Any:
 
     more = {
         name: options.pop(name)
-        for name in ("vectors", "capture_dir", "controllers", "consumers", "saes")
+        for name in ("vectors", "vector_root", "capture_dir", "controllers", "consumers", "saes")
         if name in options
     }
     steered = engine_args(spec, **more) if spec is not None else {}

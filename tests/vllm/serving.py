@@ -65,8 +65,8 @@ def serving(folder: Path, root: Path) -> Iterator[Server]:
     captures.mkdir()
     config = cli_config(
         SteerSpec(
-            steer=("post_block",), capture=("post_block",), rows=8, overrides=4,
-            ops=("add", "tier", "monitor", "row_monitor"),
+            steer=("post_block",), capture=("post_block",), rows=8, overrides=4, features=4,
+            ops=("add", "tier", "monitor", "row_monitor", "sae"),
         ),
         vector_root=root, capture_dir=captures, controllers={"idle": {"class": "tests.vllm.controllers:Idle"}},
     )  # fmt: skip

@@ -179,10 +179,14 @@ def test_bad_requests_are_refused(saes: dict[str, Any], given: Any, kind: type[E
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"saes": {"parts": {"path": "/nowhere"}}}, "path /nowhere, where nothing is"),
-        ({"saes": {"parts": "x"}}, "give an object with"),
-        ({"saes": {"parts": {"path": ".", "features": 5}}}, "features=5 and options={}; give a list of numbers"),
-        ({"saes": {}}, "and no autoencoders; name some in saes"),
+        ({"autoencoders": {"parts": {"path": "/nowhere"}}}, "path /nowhere, where nothing is"),
+        ({"autoencoders": {"parts": "x"}}, "give an object with"),
+        (
+            {"autoencoders": {"parts": {"path": ".", "features": 5}}},
+            "features=5 and options={}; give a list of numbers",
+        ),
+        ({"autoencoders": {}}, "and no autoencoders; name some in saes"),
+        ({"saes": {"parts": {"path": "."}}}, "name autoencoders in the key 'autoencoders'"),
         ({"sae_tokens": 9}, "a step may have 256 tokens"),
     ],
 )
@@ -190,6 +194,11 @@ def test_bad_settings_are_refused(saes: dict[str, Any], change: dict[str, Any], 
     given = engine_args(SPEC, saes=saes)["additional_config"]["steer_compile"]
     with pytest.raises(SpecError, match=text):
         Settings.read({"steer_compile": {**given, **change}}, 256, torch.float32)
+
+
+def test_the_spec_keeps_its_number_of_autoencoders(saes: dict[str, Any]) -> None:
+    """Named ones are beside it, under a key of their own."""
+    assert front(saes).settings.spec.saes == SPEC.saes == 2
 
 
 def test_a_race_with_global_features_gives_the_request_its_own() -> None:

@@ -66,8 +66,8 @@ CASES = {
 def test_what_an_engine_holds_after_a_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer_compile.vllm.server import engine as module
 
-    monkeypatch.setattr(module, "_PAUSE", 0.0)
-    monkeypatch.setattr(module, "_TRIES", 3)
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    monkeypatch.setattr(module, "TRIES", 3)
     client, held, refused = CASES[name]
     shape = Shape(8, torch.float32, range(2), 2)
     front = FrontEnd(Settings(SteerSpec(steer=("post_block",), dtype="float32")), shape)

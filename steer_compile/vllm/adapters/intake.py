@@ -19,7 +19,7 @@ from steer_compile.vllm.adapters.engine_options import check
 from steer_compile.vllm.adapters.refusal import RefusedRequest
 from steer_compile.vllm.frontend import Checked, FrontEnd
 from steer_compile.vllm.metrics import metrics
-from steer_compile.vllm.requests import CAPTURE, DIGESTS, KEY
+from steer_compile.vllm.requests import CAPTURE, DIGESTS, KEY, SAES
 from steer_compile.vllm.settings import Settings
 
 _FRONT_ENDS: WeakKeyDictionary[Any, FrontEnd | None] = WeakKeyDictionary()
@@ -94,7 +94,7 @@ def _process(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         checked = _checked(front, given[KEY])
         made = params.clone()
-        made.extra_args = {**given, KEY: checked.data, DIGESTS: checked.digests}
+        made.extra_args = {**given, KEY: checked.data, DIGESTS: checked.digests, SAES: list(checked.saes)}
         if checked.capture is not None:
             if params.n > 1:
                 raise RefusedRequest("a request that captures has one output; send it n times in place of n > 1")

@@ -1,4 +1,4 @@
-"""Outputs: a finished request that captured says where its file is."""
+"""Outputs: which live requests use an autoencoder, and where the file of a finished request that captured is."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ from weakref import WeakKeyDictionary
 
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
-from vllm.v1.engine.output_processor import RequestState
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from steer_compile.vllm.requests import CAPTURE
+from steer_compile.vllm.adapters.refusal import RefusedRequest
+from steer_compile.vllm.offered_saes import offered
+from steer_compile.vllm.requests import CAPTURE, used_saes
 
 _CAPTURES: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+_SAES: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
 
 def missing() -> str:
-    """`make_request_output` takes what vLLM itself returns beside the text."""
+    """`make_request_output` takes what vLLM itself returns beside the text, and live requests are in one place."""
     taken = inspect.signature(RequestState.make_request_output).parameters
-    return "" if "kv_transfer_params" in taken else "RequestState.make_request_output takes no kv_transfer_params"
+    if "kv_transfer_params" not in taken:
+        return "RequestState.make_request_output takes no kv_transfer_params"
+    made = inspect.getsource(OutputProcessor.__init__)
+    return "" if "self.request_states" in made else "OutputProcessor has no request_states"
+
+
+def using(processor: Any, number: int) -> int:
+    """How many requests of an output processor, waiting or running, use the autoencoder of a number."""
+    return sum(number in _SAES.get(state, ()) for state in processor.request_states.values())
 
 
 def install() -> None:
@@ -32,9 +43,17 @@ def install() -> None:
 def _begin(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def from_new_request(cls: type, *args: Any, **kwargs: Any) -> Any:
-        state = original(cls, *args, **kwargs)
         request = kwargs["request"] if "request" in kwargs else args[1]
         params = request.sampling_params
+        saes = used_saes(params.extra_args if params is not None else None)
+        if not offered(saes):  # it is handed on at once, so none of them can go before it is counted
+            raise RefusedRequest(
+                "an autoencoder that the request names was detached while the request was taken in; name another one, "
+                "or leave it out"
+            )
+        state = original(cls, *args, **kwargs)
+        if saes:
+            _SAES[state] = saes
         reference = (params.extra_args or {}).get(CAPTURE) if params is not None else None
         if reference is not None:
             _CAPTURES[state] = reference

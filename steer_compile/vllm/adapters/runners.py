@@ -25,6 +25,7 @@ from steer_compile.vllm.model import SteeredModel
 from steer_compile.vllm.operator_code import loaded
 from steer_compile.vllm.requests import KEY as REQUEST_KEY
 from steer_compile.vllm.rows import Numbers, RequestRows
+from steer_compile.vllm.sae_changes import SAEChanges
 from steer_compile.vllm.settings import KEY, Settings
 from steer_compile.vllm.site_data import Former
 
@@ -35,6 +36,7 @@ class Live:
     they capture."""
 
     rows: RequestRows
+    saes: SAEChanges
     dynamic: RequestDynamics | None = None
     captures: Captures | None = None
     writer: Writer | None = None
@@ -199,7 +201,7 @@ def _consumers(settings: Settings, model: str) -> Consumers | None:
 def _made(
     steered: SteeredModel, settings: Settings, controllers: tuple[Controller, ...], consumers: Consumers | None
 ) -> Live:
-    live = Live(RequestRows(steered.registry))
+    live = Live(RequestRows(steered.registry), SAEChanges(steered.registry))
     if settings.dynamic:
         live.dynamic = RequestDynamics(steered.registry, live.rows, controllers)
     if consumers is not None:

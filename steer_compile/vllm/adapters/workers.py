@@ -14,6 +14,8 @@ from steer_compile.vllm.transport import received
 SET_EVERYONE, STATE = "steer_compile_set_everyone", "steer_compile_state"
 SET_SITES, RESTORE_SITES = "steer_compile_set_sites", "steer_compile_restore_sites"
 DYNAMIC, SUBMIT, RENAME = "steer_compile_dynamic", "steer_compile_submit", "steer_compile_rename"
+ATTACH_SAE, DETACH_SAE = "steer_compile_attach_sae", "steer_compile_detach_sae"
+UNDO_SAE, SAE_USERS = "steer_compile_undo_sae", "steer_compile_sae_users"
 
 
 def missing() -> str:
@@ -26,6 +28,7 @@ def install() -> None:
     for name, method in {
         SET_EVERYONE: set_everyone, STATE: state, SET_SITES: set_sites, RESTORE_SITES: restore_sites,
         DYNAMIC: dynamic, SUBMIT: submit, RENAME: rename, RESULT: capture_result,
+        ATTACH_SAE: attach_sae, DETACH_SAE: detach_sae, UNDO_SAE: undo_sae, SAE_USERS: sae_users,
     }.items():  # fmt: skip
         setattr(WorkerBase, name, method)
 
@@ -57,6 +60,32 @@ def restore_sites(self: Any, number: int) -> None:
     if live is not None and live.former is not None and live.former[0] == number:
         live.former[1].set(live.rows.registry)
         live.former = None
+
+
+def attach_sae(self: Any, number: int, data: dict[str, Any]) -> str:
+    """Attach an autoencoder, between two steps; why it cannot be, "" where it was. `undo_sae` of the number undoes
+    it."""
+    live = live_of(self.model_runner)
+    return "" if live is None else live.saes.attach(number, data)
+
+
+def detach_sae(self: Any, number: int, name: str) -> str:
+    """Detach an autoencoder; answers as `attach_sae`."""
+    live = live_of(self.model_runner)
+    return "" if live is None else live.saes.detach(number, name)
+
+
+def undo_sae(self: Any, number: int) -> None:
+    """Take a change of autoencoders back, in a worker that made it."""
+    live = live_of(self.model_runner)
+    if live is not None:
+        live.saes.undo(number)
+
+
+def sae_users(self: Any, name: str) -> int:
+    """Rows that use an autoencoder."""
+    live = live_of(self.model_runner)
+    return 0 if live is None else live.saes.users(name)
 
 
 def dynamic(self: Any) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from steer_compile.vllm.frontend import Everyone, FrontEnd, digests_of
 from steer_compile.vllm.site_data import read
 from steer_compile.vllm.transport import sent, sent_sets
 
-_TRIES = 40
-_PAUSE = 0.05
-"""Seconds between attempts to empty the prefix cache."""
+TRIES = 40
+PAUSE = 0.05
+"""Seconds between attempts to empty the prefix cache, and between looks for rows that become free."""
 
 
 ALIKE = ("step", "checksum", "applied", "overrides", "tier", "monitors")
@@ -45,15 +45,16 @@ class Engine:
 
     Attributes:
         front: checks requests and holds the named vectors.
-        root: folder whose vector files may be registered by path, "" for none.
+        root: folder whose vector files and autoencoders may be named by path, "" for none.
+        client: vLLM's, and ``lock``, under which changes follow one another, each by one of ``numbers``.
     """
 
     def __init__(self, client: Any, front: FrontEnd) -> None:
-        self._client = client
+        self.client = client
         self.front = front
         self.root = front.settings.vector_root
-        self._lock = asyncio.Lock()
-        self._numbers = count(1)
+        self.lock = asyncio.Lock()
+        self.numbers = count(1)
 
     @classmethod
     def of(cls, client: Any) -> Self | None:
@@ -67,13 +68,13 @@ class Engine:
         Raises:
             NotSteered: there are several.
         """
-        processes = self._client.vllm_config.parallel_config._api_process_count
+        processes = self.client.vllm_config.parallel_config._api_process_count
         if processes > 1:
             raise NotSteered(f"{processes} server processes share this engine, and a change would reach one; start one")
 
     async def status(self) -> dict[str, Any]:
         """Spec, named vectors, digests of global steering, and what the workers hold."""
-        workers = await self._client.collective_rpc(STATE)
+        workers = await self.client.collective_rpc(STATE)
         return {**self.front.status(), "workers": workers}
 
     async def set_global(self, given: dict[str, Any]) -> dict[str, str]:
@@ -86,9 +87,9 @@ class Engine:
             SteerError: bad steering. Unavailable: the engine sleeps, its prefix cache could not be emptied, or a worker
                 failed; the former steering is back.
         """
-        async with self._lock:
+        async with self.lock:
             made = self.front.checked_global(given)
-            await self._check_awake()
+            await self.check_awake()
             if not await self._forget_prefixes():
                 raise Unavailable("the prefix cache cannot be emptied now, so global steering stays; try again")
             # Emptied again behind the change, as steps in between have filled it with either steering.
@@ -101,14 +102,14 @@ class Engine:
 
     async def _set(self, everyone: Everyone) -> bool:
         """Whether all workers have it."""
-        sending = self._client.collective_rpc(SET_EVERYONE, args=(sent(everyone, None),))
-        return await _returned(sending) is not None
+        sending = self.client.collective_rpc(SET_EVERYONE, args=(sent(everyone, None),))
+        return await returned(sending) is not None
 
     async def _forget_prefixes(self) -> bool:
-        for _ in range(_TRIES):
-            if await _returned(self._client.reset_prefix_cache(reset_running_requests=True)) is True:
+        for _ in range(TRIES):
+            if await returned(self.client.reset_prefix_cache(reset_running_requests=True)) is True:
                 return True
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(PAUSE)
         return False
 
     async def capture_result(self, consumer: str, name: str) -> dict[str, str]:
@@ -120,7 +121,7 @@ class Engine:
         names = [spec.name for spec in self.front.settings.consumers]
         if consumer not in names:
             raise UnknownName(f"no consumer {consumer!r:.80}; this engine has {', '.join(names) or 'none'}")
-        answers = await self._client.collective_rpc(RESULT, args=(consumer, name))
+        answers = await self.client.collective_rpc(RESULT, args=(consumer, name))
         return worst([answer for answer in answers if answer])
 
     # -- dynamic steering -----------------------------------------------------------------------------------------
@@ -135,12 +136,12 @@ class Engine:
             SteerError: bad data, or nothing of the kind in the spec. Unavailable: the engine sleeps, or a worker
                 failed; the former data is back.
         """
-        async with self._lock:
+        async with self.lock:
             self.front.check_sites(read(given))
-            await self._check_awake()
-            number = next(self._numbers)
-            if await _returned(self._client.collective_rpc(SET_SITES, args=(number, given))) is None:
-                back = await _returned(self._client.collective_rpc(RESTORE_SITES, args=(number,))) is not None
+            await self.check_awake()
+            number = next(self.numbers)
+            if await returned(self.client.collective_rpc(SET_SITES, args=(number, given))) is None:
+                back = await returned(self.client.collective_rpc(RESTORE_SITES, args=(number,))) is not None
                 state = "the former is back" if back else "and the former could not be set again: restart the engine"
                 raise Unavailable(f"the change did not reach all of the engine, {state}")
 
@@ -153,10 +154,10 @@ class Engine:
             NotSteered: the engine has no dynamic steering. Unavailable: it sleeps. Diverged: its ranks differ.
         """
         self._check_dynamic()
-        async with self._lock:
-            await self._check_awake()
+        async with self.lock:
+            await self.check_awake()
             sets = sent_sets(self.front.sets(_names(actions)))
-            answers = await self._client.collective_rpc(SUBMIT, args=(actions, sets))
+            answers = await self.client.collective_rpc(SUBMIT, args=(actions, sets))
         if any(answer != answers[0] for answer in answers):
             raise Diverged("the ranks of the engine differ in which actions they took; restart the engine")
         return list(answers[0])
@@ -168,7 +169,7 @@ class Engine:
             NotSteered: the engine has no dynamic steering. Diverged: its ranks differ.
         """
         self._check_dynamic()
-        ranks = await self._client.collective_rpc(DYNAMIC)
+        ranks = await self.client.collective_rpc(DYNAMIC)
         found = {**ranks[0], "ranks": [{name: rank[name] for name in ALIKE} for rank in ranks]}
         apart = [name for name in ALIKE if any(rank[name] != ranks[0][name] for rank in ranks)]
         if apart:
@@ -182,7 +183,7 @@ class Engine:
         """A named set was changed or taken away: what conversations hold of it is not reused."""
         if self.front.settings.dynamic:
             sets = self.front.sets([name])
-            await self._client.collective_rpc(RENAME, args=(sent_sets(sets), [] if sets else [name]))
+            await self.client.collective_rpc(RENAME, args=(sent_sets(sets), [] if sets else [name]))
 
     def _check_dynamic(self) -> None:
         if not self.front.settings.dynamic:
@@ -191,8 +192,9 @@ class Engine:
                 "name controllers in additional_config"
             )
 
-    async def _check_awake(self) -> None:
-        if await self._client.is_sleeping():
+    async def check_awake(self) -> None:
+        """Raise `Unavailable` while the engine sleeps."""
+        if await self.client.is_sleeping():
             raise Unavailable("the engine sleeps, and its tables with it; wake it up first")
 
 
@@ -207,7 +209,7 @@ def _names(actions: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-async def _returned(call: Awaitable[Any]) -> Any:
+async def returned(call: Awaitable[Any]) -> Any:
     """What a call of the engine returns, None where it raised: vLLM hands on errors of any kind."""
     found = await asyncio.gather(call, return_exceptions=True)
     return None if isinstance(found[0], BaseException) else found[0]

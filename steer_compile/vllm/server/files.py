@@ -1,4 +1,5 @@
-"""Vector files that a server takes: safetensors and GGUF, by upload or by a path under an allowed root. No pickle."""
+"""Files that a server takes: vectors (safetensors and GGUF, no pickle) by upload or by a path under an allowed root,
+autoencoders by a path alone."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from steer_compile.errors import CheckpointError
+from steer_compile.sae.files import detect
 
 MAX_FILE = 64 << 20
 """Most bytes of a file."""
@@ -60,25 +62,59 @@ def _read_gguf(data: bytes) -> dict[str, torch.Tensor]:
     return found
 
 
+def _under(root: str, path: str) -> tuple[Path, bool]:
+    """Where a path under a root leads, links followed, and whether something is there.
+
+    Raises:
+        CheckpointError: outside of the root.
+    """
+    base = Path(root).resolve()
+    try:
+        found = (base / path).resolve()
+        inside = found.is_relative_to(base)
+        there = inside and found.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # names with null bytes, too long, links in circles
+        raise CheckpointError(f"the path is none of a file ({error}); give one under the server's root") from error
+    if not inside:
+        raise CheckpointError(f"the path {path!r} leads out of the server's root; give one under it")
+    return found, there
+
+
+def _absent(path: str) -> FileNotFoundError:
+    return FileNotFoundError(f"no file {path!r} under the server's root; list what is there on the server")
+
+
 def file_under(root: str, path: str) -> Path:
     """A vector file at a path under a root, links followed.
 
     Raises:
         CheckpointError: outside of the root, of another kind, too large. FileNotFoundError: not there.
     """
-    base = Path(root).resolve()
-    try:
-        found = (base / path).resolve()
-        inside = found.is_relative_to(base)
-        there = inside and found.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # names with null bytes, too long, links in circles
-        raise CheckpointError(f"the path is none of a file ({error}); give one under the server's root") from error
-    if not inside:
-        raise CheckpointError(f"the path {path!r} leads out of the server's root; give one under it")
+    found, there = _under(root, path)
     if found.suffix not in (".safetensors", ".gguf"):
         raise CheckpointError(f"the path {path!r} is of no vector file; give .safetensors or .gguf")
-    if not there:
-        raise FileNotFoundError(f"no file {path!r} under the server's root; list what is there on the server")
+    if not (there and found.is_file()):
+        raise _absent(path)
     if found.stat().st_size > MAX_FILE:
         raise CheckpointError(f"{path!r} has {found.stat().st_size} bytes, and {MAX_FILE} are the most")
+    return found
+
+
+def autoencoder_under(root: str, path: str) -> Path:
+    """The folder or file of an autoencoder at a path under a root, with all that is read of it there too.
+
+    Raises:
+        CheckpointError: it, its folder, or a link in that leads out of the root. FileNotFoundError: not there.
+            SAEError: no layout of autoencoders.
+    """
+    (found, there), base = _under(root, path), Path(root).resolve()
+    if not there:
+        raise _absent(path)
+    _, file, folder = detect(found)
+    read = (folder, file, *folder.glob("*"), *folder.glob("*/*"))  # layouts have their files no deeper
+    out = next((item for item in read if not item.resolve().is_relative_to(base)), None)
+    if out is not None:
+        raise CheckpointError(
+            f"the path {path!r} needs {out.name!r}, which leads out of the server's root; copy the files under it"
+        )
     return found

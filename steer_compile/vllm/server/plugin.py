@@ -23,6 +23,7 @@ from steer_compile.dynamic.dynamics import as_text
 from steer_compile.errors import SteerError, UnknownName
 from steer_compile.vllm.capture_files import failure, file_at, packed, stage_files
 from steer_compile.vllm.metrics import metrics
+from steer_compile.vllm.server import autoencoders
 from steer_compile.vllm.server.engine import Diverged, Engine, Unavailable
 from steer_compile.vllm.server.files import MAX_FILE, file_under, read_vectors
 
@@ -60,6 +61,9 @@ class SteeringEndpoints:
             ("/vectors", "GET", vectors),
             ("/vectors/{name}", "PUT", register),
             ("/vectors/{name}", "DELETE", forget),
+            ("/saes", "GET", saes),
+            ("/saes/{name}", "PUT", attach_sae),
+            ("/saes/{name}", "DELETE", detach_sae),
             ("/global", "PUT", set_global),
             ("/global", "DELETE", clear_global),
             ("/tier", "PUT", set_tier),
@@ -189,6 +193,32 @@ async def forget(request: Request) -> Response:
     await engine.renamed(request.path_params["name"])
     _counted(engine, "forget")
     return JSONResponse({"name": request.path_params["name"]})
+
+
+async def saes(request: Request) -> Response:
+    """Attached autoencoders, and the room of sites for more."""
+    front = _engine(request).front
+    return JSONResponse({"saes": front.saes.listed(), "room": front.saes.room()})
+
+
+async def attach_sae(request: Request) -> Response:
+    """Attach an autoencoder of ``{"path", "sae", "features", "whole", "site", "options"}``, with a path under the root.
+    A name that is taken is refused: detach that one first."""
+    engine = _engine(request)
+    given = await _object(request)
+    if not engine.root:
+        raise Refusal(403, autoencoders.NO_ROOT)
+    line = await autoencoders.attach(engine, request.path_params["name"], given)
+    _counted(engine, "attach")
+    return JSONResponse(line)
+
+
+async def detach_sae(request: Request) -> Response:
+    """Detach an autoencoder that nothing uses."""
+    engine, name = _engine(request), request.path_params["name"]
+    await autoencoders.detach(engine, name)
+    _counted(engine, "detach")
+    return JSONResponse({"name": name})
 
 
 async def set_global(request: Request) -> Response:
