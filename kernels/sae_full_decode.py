@@ -118,6 +118,15 @@ def _moves(x, mean, deviation, line, own, picks, clamps, encoder, decoder, setti
 
 
 @triton.jit
+def _gate_of(gates, token, GATED: tl.constexpr):
+    """The part of the way that a token's value moves."""
+    gate = tl.full((), 1.0, tl.float32)
+    if GATED:
+        gate = tl.load(gates + far(token, 4) + 2)
+    return gate
+
+
+@triton.jit
 def finish(
     h, encoder, decoder, settings, bias, rows, row_set, row_clamp, sae_set, gates, order, meta, narrow, wide, listed,
     sums, programs, H: tl.constexpr, F: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
@@ -135,10 +144,8 @@ def finish(
             row = tl.load(rows + token)
             slot = tl.load(row_set + row * 4).to(tl.int32) - 1
             mode = tl.load(row_set + row * 4 + 1)
-            gate = 1.0
-            if GATED:
-                gate = tl.load(gates + far(token, 4) + 2)
-                mode = tl.where(gate == 0, 0.0, mode)  # it is listed for its log
+            gate = _gate_of(gates, token, GATED)
+            mode = tl.where(gate == 0, 0.0, mode)  # it is listed for its log
             first = far(slot, F)
             lines = settings + first * 8
             at = h + far(token, H) + cols
@@ -163,8 +170,7 @@ def finish(
                 moved, _ = _moves(x, mean, deviation, line, narrow + here, picks, clamps, encoder + first * H,
                                   decoder + first * H, lines, cols, H, BLOCK, K, True)  # fmt: skip
                 y = (y + moved) * step + tl.where(normed, mean, 0.0)
-                if GATED:
-                    y = tl.where(gate == 1, y, x + gate * (y - x))
+                y = tl.where(gate == 1, y, x + gate * (y - x))
                 tl.store(at, y.to(h.dtype.element_ty), mask=within)
             elif mode == 2:
                 if place < filled:

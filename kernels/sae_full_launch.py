@@ -110,8 +110,8 @@ def launch(a: SaeFullArgs, wrap: Callable[[Any], Any] = lambda kernel: kernel) -
         PARTS=tiles.parts, num_warps=tiles.decode.warps, num_stages=tiles.decode.stages,
     )  # fmt: skip
     wrap(finish)[(min(4 * programs, room),)](
-        a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, gates, *listed, narrow,
-        wide, picks, sums, decoding, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
+        a.h, a.encoder, a.decoder, a.settings, a.bias, a.rows, a.row_set, a.row_clamp, a.sae_set, gates, *listed,
+        narrow, wide, picks, sums, decoding, H=width, F=count, **shape, K=clamps, BN=tiles.decode.columns,
         BLOCK=block, PARTS=tiles.parts, GATED=gated, num_warps=tiles.writing,
     )  # fmt: skip
 

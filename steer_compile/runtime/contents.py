@@ -80,8 +80,8 @@ class Contents:
         yield from (("sae_log", site, None) for site, one in self.features.decodings if one.log)
 
     def check_room(self, spec: SteerSpec) -> None:
-        """Raise `VectorError` or `TableFull` for more clamps at a site than a row has room for, `VectorError` for a gate
-        of clamps that would not reach values decoded from features."""
+        """Raise `VectorError` or `TableFull` for more clamps at a site than a row has room for, and `VectorError` for a
+        gate of clamps that would not reach values decoded from features."""
         most_clamps = spec.clamps
         decoded = {site for site, one in self.features.decodings if one.mode}
         for site, monitor in self.monitors:
