@@ -173,7 +173,9 @@ def full_row(tokens: int, opted: int, features: int, k: int) -> dict[str, Any]:
     row: dict[str, Any] = {"tokens": tokens, "opted": opted, "features": features, "k": k, "error": error, "red": red}
     if red:
         return row
+    closed = a._replace(gates=torch.zeros(tokens, 4, device="cuda"))
     graphs = {"full": graphed([lambda: sae_full_launch.launch(a)], 8)}
+    graphs["closed"] = graphed([lambda: sae_full_launch.launch(closed)], 8)
     if opted:
         x = a.h[torch.nonzero(a.rows).flatten()].clone()
         f = torch.randn(opted, features, device="cuda", dtype=DTYPE)

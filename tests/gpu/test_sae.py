@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer_compile import HookSelection, SAESteering, Steering, SteerSpec, sae, steer_backend
+from steer_compile import HookSelection, Monitor, SAESteering, Steering, SteerSpec, sae, steer_backend
 from steer_compile.sae import SAE, FeatureClamp, JumpReLU, LayerNorm, TopK
 from steer_compile.torch_compat import compile_count
 from tests.gpu.test_gpu import WIDTH, compiled, ids, model  # noqa: F401
@@ -84,6 +84,46 @@ def test_replays_see_attached_features(model: Any, kind: str, mode: str) -> None
         assert float((got - expected).norm() / size) < 0.1  # both in bf16, behind other layers
         backend.runtime.saes.detach("one")
         assert torch.equal(step(x), idle)
+    assert compile_count() == before
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_gates_open_decoded_values_in_replays(model: Any, kind: str) -> None:  # noqa: F811
+    one, x = made(kind), ids(4, 8)
+    judge = copy.deepcopy(model)
+    ops = (*OPS, "monitor", "row_monitor")
+    spec = SteerSpec(
+        steer=(HookSelection("post_block", [LAYER], ops),), max_tokens=256, features=16, sae_features=COUNT,
+        sae_tokens=64, top_features=4, rows=4, cross_layer=True,
+    )  # fmt: skip
+    backend = steer_backend(spec, mode="reduce-overhead")
+    step, runtime, probe = compiled(model, backend), backend.runtime, torch.randn(WIDTH)
+    warm(step, x)
+    idle, before = step(x), compile_count()
+    runtime.saes.attach("one", one, whole=True)
+    own = Steering(features=SAESteering("one", CLAMPS, mode="reconstruct"))
+
+    def steered() -> Tensor:
+        with runtime.steer(rows=[None, own, None, own], phase="decode"):
+            return step(x)
+
+    runtime.set_monitor(SITE, Monitor(probe, 1e6, kind="step", clamps=True))
+    assert torch.equal(steered(), idle)
+    for part, monitor in {
+        1.0: Monitor(probe, -1e6, kind="step", clamps=True),
+        0.25: Monitor(probe, 0.0, 0.0, kind="line", low=0.25, clamps=True),
+    }.items():
+        runtime.set_monitor(SITE, monitor)
+        got = steered()
+
+        def edit(h: Tensor, part: float = part) -> Tensor:
+            new = h + part * (sae.steered_reconstruction(h, one, CLAMPS) - h)
+            return torch.stack([h[0], new[1], h[2], new[3]])
+
+        expected = hooked(judge, x, edit)
+        size = (expected - hooked(judge, x, lambda h: h)).norm()
+        assert (got - idle)[[0, 2]].abs().max() == 0
+        assert float((got - expected).norm() / size) < 0.1
     assert compile_count() == before
 
 
