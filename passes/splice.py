@@ -301,7 +301,7 @@ def _decode(splicer: _Splicer, edit: Edit, value: fx.Node) -> None:
         work = h.reshape(-1, edit.site.width).clone(memory_format=torch.contiguous_format)
         rows = splicer._proxy(splicer.buffers.per_token(ROWS, edit.site, h, flat=False)).reshape(-1)
         gates = splicer._gates(edit.site, h, flat=False) if edit.gated else None
-        gates = None if gates is None else gates.reshape(-1, FACTORS)
+        gates = None if gates is None else gates.reshape(-1, FACTORS).to(torch.float32)  # of fp64 streams they are fp64
         args = SaeFullArgs(h=work, rows=rows, **own, gates=gates, capacity=splicer.plan.sae_tokens)
         given = tuple(a.node if isinstance(a, fx.Proxy) else a for a in args)
         splicer.graph.call_function(torch.ops.steer_compile.sae_full.default, given)

@@ -93,15 +93,41 @@ def test_gates_that_could_not_act_are_refused() -> None:
     wanted = r"layers.0.post_block has a monitor with clamps=True, .* set cross_layer=True in the spec"
     with pytest.raises(VectorError, match=wanted):
         runtime.set_monitor(AT, GATES["step"])
-    with pytest.raises(VectorError, match=wanted):
-        runtime.register(Steering(features=own, monitors={AT: GATES["step"]}))
-    runtime.set_global(features=[own])
-    with pytest.raises(VectorError, match=wanted):
-        runtime.register(Steering(monitors={AT: GATES["step"]}))
-    runtime.set_global()
-    handle = runtime.register(Steering(monitors={AT: GATES["step"]}))  # it decodes nothing
-    with pytest.raises(VectorError, match=wanted):
-        runtime.set_global(features=[own])
-    runtime.release(handle)
+    for features in ((own,), ()):  # everyone may be decoded later
+        with pytest.raises(VectorError, match=wanted):
+            runtime.register(Steering(features=features, monitors={AT: GATES["step"]}))
     runtime.set_monitor(AT, Monitor(PROBE, 0.1))
-    runtime.release(runtime.register(Steering(features=own, monitors={BEHIND: GATES["step"]})))
+    runtime.release(runtime.register(Steering(features=own, monitors={AT: Monitor(PROBE, 0.1)})))
+
+
+def test_gates_of_sites_that_do_not_decode_are_taken() -> None:
+    chosen = (
+        HookSelection("post_block", [0], ("add", "monitor", "sae")),
+        HookSelection("post_block", [-1], ("sae_full",)),
+    )
+    torch.compiler.reset()
+    backend = steer_backend(
+        SteerSpec(steer=chosen, max_tokens=64, features=8, sae_features=COUNT, saes=1), inner="eager"
+    )
+    logits(compiled(llama(), backend), tokens(2, 7))
+    backend.runtime.set_monitor(AT, GATES["step"])
+
+
+def test_an_fp64_stream_is_decoded_behind_gates() -> None:
+    torch.compiler.reset()
+    made, ids = tiny(TopK(6), site=AT), tokens(2, 7)
+    chosen = HookSelection("post_block", "all", ("add", "monitor", "sae_full"))
+    spec = SteerSpec(steer=(chosen,), cross_layer=True, max_tokens=64, features=8, sae_features=COUNT, saes=1)
+    backend, model = steer_backend(spec, inner="eager"), llama().double()
+    run, runtime = compiled(model, backend), backend.runtime
+    runtime.saes.attach("bridge", made, whole=True)
+    runtime.set_monitor(AT, GATES["sigmoid"])
+    with runtime.steer(features=SAESteering("bridge", CLAMPS, "keep_error"), phase="decode"):
+        got = logits(run, ids)
+
+    def edit(h: Tensor) -> Tensor:
+        g = torch.sigmoid(2 * (h @ PROBE.double() - 0.1)).unsqueeze(-1)
+        return h + g * (moved(h, made, "keep_error") - h)
+
+    with edited(model, {AT: edit}):
+        close(got, logits(model, ids), 1e-5)

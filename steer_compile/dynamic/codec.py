@@ -47,8 +47,8 @@ def fields_of(what: str, given: object, known: Iterable[str], needed: Iterable[s
 
 
 def text_of(what: str, given: object, most: int = 512) -> str:
-    """Raise `SpecError` for what is no text, empty or too long."""
-    if not isinstance(given, str) or not 0 < len(given) <= most:
+    """Raise `SpecError` for what is no text, empty, too long, or with half a character, which no encoding has."""
+    if not isinstance(given, str) or not 0 < len(given) <= most or any("\ud800" <= c <= "\udfff" for c in given):
         raise SpecError(f"{what} is {given!r:.80}; give a text of 1 to {most} characters")
     return given
 

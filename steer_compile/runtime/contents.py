@@ -10,7 +10,7 @@ import torch
 
 from steer_compile.errors import VectorError
 from steer_compile.runtime.features import Features
-from steer_compile.runtime.gates import Clamp, Clamps, Monitors, check_clamp_gate
+from steer_compile.runtime.gates import Clamp, Clamps, Monitors
 from steer_compile.runtime.tables import TableSet, numbers
 from steer_compile.runtime.vectors import SiteKey, VectorSet, scaled
 from steer_compile.spec import SteerSpec
@@ -80,13 +80,8 @@ class Contents:
         yield from (("sae_log", site, None) for site, one in self.features.decodings if one.log)
 
     def check_room(self, spec: SteerSpec) -> None:
-        """Raise `VectorError` or `TableFull` for more clamps at a site than a row has room for, and `VectorError` for a
-        gate of clamps that would not reach values decoded from features."""
+        """Raise `VectorError` or `TableFull` for more clamps at a site than a row has room for."""
         most_clamps = spec.clamps
-        decoded = {site for site, one in self.features.decodings if one.mode}
-        for site, monitor in self.monitors:
-            if site in decoded:
-                check_clamp_gate(spec, site, monitor)
         self.features.check_room(spec.features)
         for (hook, layer), each in self.clamps:
             if len(each) > most_clamps:

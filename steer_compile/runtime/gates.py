@@ -12,7 +12,6 @@ import torch
 
 from steer_compile.errors import VectorError
 from steer_compile.runtime.vectors import SiteKey, by_site, checked_vector, finite
-from steer_compile.spec import SteerSpec
 
 SiteLike: TypeAlias = str | tuple[str, int]
 MAPS = ("sigmoid", "line", "step")
@@ -158,15 +157,6 @@ class Monitor:
 
     def __hash__(self) -> int:
         return hash(self.digest)
-
-
-def check_clamp_gate(spec: SteerSpec, site: SiteKey, monitor: Monitor) -> None:
-    """Raise `VectorError` for a gate of clamps at a site that decodes from features, where it would not reach these."""
-    if monitor.clamps and not spec.cross_layer:
-        raise VectorError(
-            f"layers.{site[1]}.{site[0]} has a monitor with clamps=True, whose gate would not reach values that are "
-            "decoded from features there; set cross_layer=True in the spec and compile again, or clamps=False"
-        )
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -68,10 +68,13 @@ class RowStore:
         """Raise for what the spec or a compiled site cannot take (``whole``: all parts of the model ran).
 
         Raises:
-            SiteNotFound: no such site, or not with this op family. VectorError: another width.
+            SiteNotFound: no such site, or not with this op family. VectorError: another width, or a gate that would
+                not reach what it is to scale.
         """
         for family, site, width in contents.needs():
             self._scope.check(family, site, width, whole)
+        for site, monitor in contents.monitors:
+            self._scope.check_gate(site, monitor)
 
     def check_all(self, whole: bool = False) -> None:
         """`check` for everything that is set."""

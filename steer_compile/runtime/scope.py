@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from steer_compile.errors import SiteNotFound
+from steer_compile.errors import SiteNotFound, VectorError
+from steer_compile.runtime.gates import Monitor
 from steer_compile.runtime.tables import TableSet
 from steer_compile.runtime.vectors import SiteKey
 from steer_compile.spec import HookSelection, SteerSpec
@@ -43,6 +44,18 @@ class Scope:
         later = self.partial and not whole and not self._tables.families(site)
         if self._tables.device is not None and not later:
             self._tables.check(family, site, numbers)
+
+    def check_gate(self, site: SiteKey, monitor: Monitor) -> None:
+        """Raise `VectorError` for a gate of clamps at a site that can decode from features, which it would not reach.
+
+        Whether something is decoded there is not asked: it may be later, where nothing can be refused any more.
+        """
+        families = self.families(site) if self._tables.device is None else self._tables.families(site)
+        if monitor.clamps and "sae_full" in families and not self._spec.cross_layer:
+            raise VectorError(
+                f"layers.{site[1]}.{site[0]} has a monitor with clamps=True, whose gate would not reach values that "
+                "are decoded from features there; set cross_layer=True in the spec and compile again, or clamps=False"
+            )
 
     def families(self, site: SiteKey) -> tuple[str, ...]:
         """Op families that the spec gives a site, none where it does not steer it."""

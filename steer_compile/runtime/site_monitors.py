@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from steer_compile.errors import NotSteered, TooManyTokens, VectorError
-from steer_compile.runtime.gates import Monitor, SiteLike, check_clamp_gate
+from steer_compile.runtime.gates import Monitor, SiteLike
 from steer_compile.runtime.scope import Scope
 from steer_compile.runtime.tables import TableSet, numbers
 from steer_compile.runtime.vectors import SiteKey, VectorSet, finite, site_key, vector_set
@@ -66,8 +66,7 @@ class SiteMonitors:
 
     def _check_parts(self, site: SiteKey, monitor: Monitor, whole: bool = False) -> None:
         """Raise for hidden units or a memory that the site has no room for, and for a gate that could not act."""
-        if "sae_full" in self._scope.families(site):
-            check_clamp_gate(self._tables.spec, site, monitor)
+        self._scope.check_gate(site, monitor)
         if monitor.remembers:
             self._scope.check("memory", site, None, whole)
         if monitor.hidden is not None:

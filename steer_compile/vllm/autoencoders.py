@@ -101,7 +101,7 @@ def _spec(name: str, item: object) -> SAESpec:
             f"saes: {name!r} has features={features!r:.80} and options={options!r:.80}; give a list of numbers, "
             f"and of {', '.join(sorted(_OPTIONS))}"
         )
-    more = {key: value for key, value in options.items() if value is not None}
+    more = {key: _plain(value) for key, value in options.items() if value is not None}
     _check_kinds(name, {key: item[key] for key in _TEXTS if item.get(key) is not None} | more)
     whole = item.get("whole", False)
     if not isinstance(whole, bool):
@@ -109,6 +109,11 @@ def _spec(name: str, item: object) -> SAESpec:
     texts = {key: item.get(key) for key in _TEXTS}
     return SAESpec(name, str(item["path"]), **texts, features=tuple(features), whole=whole,
                    options=tuple(sorted(more.items())))  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    """A number of NumPy's as Python's own, which processes can send each other."""
+    return float(value) if isinstance(value, float) else value
 
 
 def _check_kinds(name: str, given: Mapping[str, Any]) -> None:

@@ -49,6 +49,11 @@ class SAEChanges:
             self._last[1]()
             self._last = None
 
+    def keep(self, number: int) -> None:
+        """A change is in all workers: what would take it back, as weights that went, is no longer held."""
+        if self._last is not None and self._last[0] == number:
+            self._last = None
+
     def users(self, name: str) -> int:
         """Rows that use an autoencoder."""
         return self._registry.saes.users(name)

@@ -166,8 +166,9 @@ def _saes(given: object, spec: SteerSpec, root: str) -> tuple[SAESpec, ...]:
         )
     if reads and not (found or root):
         raise SpecError(
-            "the spec has the op families sae or sae_full and no autoencoders; name some in saes, or give vector_root, "
-            "the folder from which an operator may attach them to the running engine"
+            "the spec has the op families sae or sae_full and no autoencoders; name some (saes of engine_args, "
+            "autoencoders in additional_config), or give vector_root, the folder from which an operator may attach "
+            "them to the running engine"
         )
     return found
 

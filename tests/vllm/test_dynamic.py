@@ -217,12 +217,15 @@ def test_ranks_apply_the_same_and_a_planted_divergence_shows(models: Path) -> No
 
 
 def test_no_controller_sees_the_requests_of_a_warm_up(models: Path) -> None:
+    from vllm.v1.worker import gpu_worker
+
     llm = scripted(engines.saved("llama", models))
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     worker = executor.driver_worker.worker
     live = live_of(worker.model_runner)
     assert live is not None
     assert live.dynamic is not None
+    assert "__wrapped__" in vars(gpu_worker.Worker.compile_or_warm_up_model)
     assert Script.seen == []  # the engine has been warmed up
     seen = []
 

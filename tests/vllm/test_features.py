@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from steer_compile import HookSelection, SAESteering, SteerSpec, sae
-from steer_compile.errors import SAEError, SpecError, TableFull, UnknownName
+from steer_compile.errors import SAEError, SpecError, TableFull, UnknownName, VectorError
 from steer_compile.sae import SAE, FeatureClamp, JumpReLU, TopK
 from steer_compile.sae.activation import Activation
 from steer_compile.vllm import engine_args
@@ -148,6 +149,18 @@ def test_what_a_request_asks_reaches_the_workers_whole(saes: dict[str, Any]) -> 
     assert checked.digests["prefill"] == ""
 
 
+def test_a_gate_that_would_not_reach_decoded_values_is_refused_in_the_front_end(saes: dict[str, Any]) -> None:
+    """Also where the request itself decodes nothing: a worker cannot refuse what it was let in with."""
+    (chosen,) = SPEC.steer
+    spec = replace(SPEC, steer=(replace(chosen, ops=(*chosen.ops, "row_monitor")),))
+    monitor = {"probe": [1.0] * WIDTH, "threshold": 0.1}
+    given = {"monitors": {f"layers.{LAYER}.post_block": {**monitor, "clamps": True}}}
+    with pytest.raises(VectorError, match="clamps=True, whose gate would not reach values"):
+        front(saes, spec).checked(given)
+    assert front(saes, replace(spec, cross_layer=True)).checked(given).data
+    assert front(saes, spec).checked({"monitors": {f"layers.{LAYER}.post_block": monitor}}).data
+
+
 def test_global_features_and_those_of_requests_are_kept_apart(saes: dict[str, Any]) -> None:
     made_front = front(saes)
     everyone = made_front.checked_global(asked("parts", CLAMPS[:1]))
@@ -185,7 +198,7 @@ def test_bad_requests_are_refused(saes: dict[str, Any], given: Any, kind: type[E
             {"autoencoders": {"parts": {"path": ".", "features": 5}}},
             "features=5 and options={}; give a list of numbers",
         ),
-        ({"autoencoders": {}}, "and no autoencoders; name some in saes"),
+        ({"autoencoders": {}}, "and no autoencoders; name some"),
         ({"saes": {"parts": {"path": "."}}}, "name autoencoders in the key 'autoencoders'"),
         ({"sae_tokens": 9}, "a step may have 256 tokens"),
     ],

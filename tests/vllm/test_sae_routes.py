@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +20,7 @@ from steer_compile import HookSelection, SAESteering, Steering, SteerSpec, sae
 from steer_compile.errors import CheckpointError, NotSteered, SAEError, SpecError, SteerError, TableFull, UnknownName
 from steer_compile.runtime.registry import Registry
 from steer_compile.sae import SAE, FeatureClamp, JumpReLU
+from steer_compile.vllm.autoencoders import sae_specs
 from steer_compile.vllm.frontend import FrontEnd
 from steer_compile.vllm.model import Shape, expected_banks
 from steer_compile.vllm.sae_changes import SAEChanges
@@ -66,6 +70,7 @@ class Ranks:
             "attach_sae": lambda each: each.attach(*args),
             "detach_sae": lambda each: each.detach(*args),
             "undo_sae": lambda each: each.undo(*args),
+            "keep_sae": lambda each: each.keep(*args),
             "sae_users": lambda each: each.users(*args),
         }
         answers = []
@@ -183,7 +188,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "out of the root": ({**BODY, "path": "../outside"}, CheckpointError, "leads out of the server's root"),
     "an absolute path": ({**BODY, "path": "/etc"}, CheckpointError, "leads out of the server's root"),
     "a link out of the root": ({**BODY, "path": "link"}, CheckpointError, "leads out of the server's root"),
-    "a link inside": ({**BODY, "path": "inside"}, CheckpointError, "needs '0.safetensors', which leads out"),
+    "a link inside": ({**BODY, "path": "inside"}, CheckpointError, "'0.safetensors', which leads out"),
     "a null byte": ({**BODY, "path": "a\0b"}, CheckpointError, "none of a file"),
     "too long a path": ({**BODY, "path": "x" * 5000}, CheckpointError, "none of a file"),
     "a truncated file": ({**BODY, "path": "cut"}, SAEError, "changed or truncated"),
@@ -311,7 +316,7 @@ def test_what_is_in_use_stays_attached(root: Path, monkeypatch: pytest.MonkeyPat
         detach(own, "bridge")
     own.front.everyone = own.front.checked_global({})
     handle = ranks.registries[1].register(Steering(features=SAESteering("bridge", [FeatureClamp(3, 9.0)])))
-    with pytest.raises(SAEError, match="in use by 2 rows of overrides or of requests that end; try again"):
+    with pytest.raises(SAEError, match="in use by 2 rows of overrides or of requests that have ended; let the engine"):
         detach(own, "bridge")
     assert own.front.checked(asked("bridge")).saes
     ranks.registries[1].release(handle)
@@ -361,7 +366,80 @@ def test_no_request_names_one_that_is_on_its_way(root: Path) -> None:
     own.client.collective_rpc = watched
     attach(own, "bridge", BODY)
     detach(own, "bridge")
-    assert [method.removeprefix("steer_compile_") for method in seen] == ["attach_sae", "sae_users", "detach_sae"]
+    assert [method.removeprefix("steer_compile_") for method in seen] == [
+        "attach_sae", "keep_sae", "sae_users", "detach_sae", "keep_sae",
+    ]  # fmt: skip
+
+
+def test_a_change_that_fails_takes_no_other_back(root: Path) -> None:
+    """A script has an `Engine` for each of its calls, and workers know changes by their numbers."""
+    from steer_compile.vllm.server.engine import Unavailable
+
+    ranks = Ranks(2)
+    attach(engine(root, ranks), "bridge", BODY)
+    ranks.failing = {"attach_sae": 0}
+    with pytest.raises(Unavailable, match="was taken back"):
+        attach(engine(root, ranks), "tower", {"path": "other", "features": [5]})
+    assert ranks.names() == [["bridge"], ["bridge"]]
+
+
+@pytest.mark.parametrize("verb", ["attach", "detach"])
+def test_a_caller_that_goes_leaves_no_half(verb: str, root: Path) -> None:
+    from steer_compile.vllm.server import autoencoders
+
+    ranks = Ranks(2)
+    own, inner, going = engine(root, ranks), ranks.collective_rpc, list[asyncio.Task[Any]]()
+
+    async def slow(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method.endswith(f"{verb}_sae"):
+            going[0].cancel()
+            await asyncio.sleep(0.05)
+        return await inner(method, args)
+
+    async def interrupted() -> None:
+        work = autoencoders.attach(own, "bridge", BODY) if verb == "attach" else autoencoders.detach(own, "bridge")
+        going.append(asyncio.ensure_future(work))
+        with pytest.raises(asyncio.CancelledError):
+            await going[0]
+
+    if verb == "detach":
+        attach(own, "bridge", BODY)
+    own.client.collective_rpc = slow
+    asyncio.run(interrupted())
+    there = ["bridge"] if verb == "attach" else []
+    assert ranks.names() == [there, there]
+    assert [line["name"] for line in own.front.saes.listed()] == there
+
+
+def test_an_engine_that_falls_asleep_meanwhile_is_left_alone(root: Path) -> None:
+    from steer_compile.vllm.server.engine import Unavailable
+
+    ranks, asked_for = Ranks(1), list[bool]()
+    own = engine(root, ranks)
+
+    async def is_sleeping() -> bool:
+        asked_for.append(True)
+        return len(asked_for) > 1
+
+    own.client.is_sleeping = is_sleeping
+    with pytest.raises(Unavailable, match="sleep"):
+        attach(own, "bridge", BODY)
+    assert (ranks.calls, room(own)) == ([], EMPTY)
+
+
+def test_workers_let_go_of_what_was_detached(root: Path) -> None:
+    ranks = Ranks(1)
+    own = engine(root, ranks)
+    attach(own, "bridge", BODY)
+    weights = weakref.ref(ranks.registries[0].saes.get("bridge").sae)
+    detach(own, "bridge")
+    gc.collect()
+    assert weights() is None
+
+
+def test_numbers_of_numpy_reach_the_workers_as_plain_ones() -> None:
+    (spec,) = sae_specs({"one": {"path": "/", "options": {"norm_factor": np.float64(0.5)}}})
+    assert [type(value) for _, value in spec.options] == [float]
 
 
 def test_a_spec_may_wait_for_autoencoders_under_a_root(root: Path) -> None:

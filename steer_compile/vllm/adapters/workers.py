@@ -15,7 +15,8 @@ SET_EVERYONE, STATE = "steer_compile_set_everyone", "steer_compile_state"
 SET_SITES, RESTORE_SITES = "steer_compile_set_sites", "steer_compile_restore_sites"
 DYNAMIC, SUBMIT, RENAME = "steer_compile_dynamic", "steer_compile_submit", "steer_compile_rename"
 ATTACH_SAE, DETACH_SAE = "steer_compile_attach_sae", "steer_compile_detach_sae"
-UNDO_SAE, SAE_USERS = "steer_compile_undo_sae", "steer_compile_sae_users"
+UNDO_SAE, KEEP_SAE = "steer_compile_undo_sae", "steer_compile_keep_sae"
+SAE_USERS = "steer_compile_sae_users"
 
 
 def missing() -> str:
@@ -28,7 +29,8 @@ def install() -> None:
     for name, method in {
         SET_EVERYONE: set_everyone, STATE: state, SET_SITES: set_sites, RESTORE_SITES: restore_sites,
         DYNAMIC: dynamic, SUBMIT: submit, RENAME: rename, RESULT: capture_result,
-        ATTACH_SAE: attach_sae, DETACH_SAE: detach_sae, UNDO_SAE: undo_sae, SAE_USERS: sae_users,
+        ATTACH_SAE: attach_sae, DETACH_SAE: detach_sae, UNDO_SAE: undo_sae, KEEP_SAE: keep_sae,
+        SAE_USERS: sae_users,
     }.items():  # fmt: skip
         setattr(WorkerBase, name, method)
 
@@ -80,6 +82,13 @@ def undo_sae(self: Any, number: int) -> None:
     live = live_of(self.model_runner)
     if live is not None:
         live.saes.undo(number)
+
+
+def keep_sae(self: Any, number: int) -> None:
+    """All workers have a change of autoencoders."""
+    live = live_of(self.model_runner)
+    if live is not None:
+        live.saes.keep(number)
 
 
 def sae_users(self: Any, name: str) -> int:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
 from steer_compile.dynamic.codec import text_of
 from steer_compile.errors import NotSteered, SAEError, SpecError, SteerError
 from steer_compile.sae.model import SAE
 from steer_compile.vllm.adapters.outputs import using
-from steer_compile.vllm.adapters.workers import ATTACH_SAE, DETACH_SAE, SAE_USERS, UNDO_SAE
+from steer_compile.vllm.adapters.workers import ATTACH_SAE, DETACH_SAE, KEEP_SAE, SAE_USERS, UNDO_SAE
 from steer_compile.vllm.autoencoders import SAESpec, sae_specs
 from steer_compile.vllm.offered_saes import Held, offered
 from steer_compile.vllm.server import engine as engines
 from steer_compile.vllm.server.engine import Engine, Unavailable, returned
 from steer_compile.vllm.server.files import autoencoder_under
 
+_T = TypeVar("_T")
 NO_ROOT = "this engine reads no paths; set vector_root in additional_config, the folder that autoencoders lie under"
 
 
@@ -40,6 +41,10 @@ async def attach(engine: Engine, name: str, given: Mapping[str, Any]) -> dict[st
     """
     text_of("the name of an autoencoder", name)
     _check_replicas(engine)
+    return await _to_its_end(_attach(engine, name, given))
+
+
+async def _attach(engine: Engine, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     async with engine.lock:
         saes = engine.front.saes
         saes.check_free(name)
@@ -63,6 +68,20 @@ async def detach(engine: Engine, name: str) -> None:
             engine sleeps, or a worker failed. It stays attached then.
     """
     _check_replicas(engine)
+    await _to_its_end(_detach(engine, name))
+
+
+async def _to_its_end(change: Coroutine[Any, Any, _T]) -> _T:
+    """A change that is made as a whole also where its caller is cancelled, as by an interrupt."""
+    task = asyncio.ensure_future(change)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
+async def _detach(engine: Engine, name: str) -> None:
     async with engine.lock:
         saes = engine.front.saes
         held = saes.get(name)
@@ -133,7 +152,10 @@ async def _rows_gone(engine: Engine, held: Held) -> None:
         if not any(rows):
             return
         await asyncio.sleep(engines.PAUSE)
-    raise SAEError(f"{_where(held)} is in use by {max(rows)} rows of overrides or of requests that end; try again")
+    raise SAEError(
+        f"{_where(held)} is in use by {max(rows)} rows of overrides or of requests that have "
+        "ended; let the engine run a step, and detach it then"
+    )
 
 
 async def _change(engine: Engine, method: str, given: object) -> None:
@@ -142,9 +164,11 @@ async def _change(engine: Engine, method: str, given: object) -> None:
     Raises:
         SAEError: one refuses. Unavailable: one failed. Torn: the change could not be taken back.
     """
-    number = next(engine.numbers)
+    await engine.check_awake()  # it may have gone to sleep while files were read
+    number = next(engines.change_numbers)
     answers = await returned(engine.client.collective_rpc(method, args=(number, given)))
     if answers is not None and not any(answers):
+        await returned(engine.client.collective_rpc(KEEP_SAE, args=(number,)))
         return
     refusal = next((f": {answer}" for answer in answers or () if answer), "")
     if await returned(engine.client.collective_rpc(UNDO_SAE, args=(number,))) is None:

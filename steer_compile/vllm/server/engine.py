@@ -28,6 +28,8 @@ PAUSE = 0.05
 """Seconds between attempts to empty the prefix cache, and between looks for rows that become free."""
 
 
+change_numbers = count(1)
+"""Numbers of changes, of all engines of this process: by its own a change is taken back in workers, and no other is."""
 ALIKE = ("step", "checksum", "applied", "overrides", "tier", "monitors")
 """What is the same in the status of all ranks."""
 
@@ -46,7 +48,7 @@ class Engine:
     Attributes:
         front: checks requests and holds the named vectors.
         root: folder whose vector files and autoencoders may be named by path, "" for none.
-        client: vLLM's, and ``lock``, under which changes follow one another, each by one of ``numbers``.
+        client: vLLM's, and ``lock``, under which changes follow one another, each by a number of its own.
     """
 
     def __init__(self, client: Any, front: FrontEnd) -> None:
@@ -54,7 +56,6 @@ class Engine:
         self.front = front
         self.root = front.settings.vector_root
         self.lock = asyncio.Lock()
-        self.numbers = count(1)
 
     @classmethod
     def of(cls, client: Any) -> Self | None:
@@ -139,7 +140,7 @@ class Engine:
         async with self.lock:
             self.front.check_sites(read(given))
             await self.check_awake()
-            number = next(self.numbers)
+            number = next(change_numbers)
             if await returned(self.client.collective_rpc(SET_SITES, args=(number, given))) is None:
                 back = await returned(self.client.collective_rpc(RESTORE_SITES, args=(number,))) is not None
                 state = "the former is back" if back else "and the former could not be set again: restart the engine"

@@ -112,9 +112,17 @@ def autoencoder_under(root: str, path: str) -> Path:
         raise _absent(path)
     _, file, folder = detect(found)
     read = (folder, file, *folder.glob("*"), *folder.glob("*/*"))  # layouts have their files no deeper
-    out = next((item for item in read if not item.resolve().is_relative_to(base)), None)
+    out = next((item for item in read if not _is_under(item, base)), None)
     if out is not None:
         raise CheckpointError(
-            f"the path {path!r} needs {out.name!r}, which leads out of the server's root; copy the files under it"
+            f"beside the files at {path!r} is {out.name!r}, which leads out of the server's root; copy it under the "
+            "root, or take it away"
         )
     return found
+
+
+def _is_under(item: Path, base: Path) -> bool:
+    try:
+        return item.resolve().is_relative_to(base)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
