@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from packaging.version import parse
 from torch import Tensor, nn
 
 from steer_compile import SteerSpec
 from steer_compile.vllm import engine_args
+from tests import _tree
 
 WIDTH, LAYERS, VOCABULARY = 64, 4, 512
 HOOKS = ("post_attn", "post_block")
@@ -82,6 +88,21 @@ def engine(model: Path, spec: SteerSpec | None = None, **options: Any) -> Any:
     device = ON_A_GPU if torch.cuda.is_available() else {}
     given = {"dtype": "float32", "skip_tokenizer_init": True, "seed": 0, **LENGTHS, **device, **options}
     return LLM(model=str(model), **given, **steered)
+
+
+def told(ranks: int, module: list[str], more: Mapping[str, str] | None = None) -> Any:
+    """What a module of tests says of an engine of tensor parallel ranks in processes of their own: its last line that
+    is a list of lists. ``module``: its name and its arguments."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need as many GPUs")
+    env = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks]),
+        "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), os.environ.get("PYTHONPATH", "")]), **(more or {}),
+    }  # fmt: skip
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("[[")][-1])
 
 
 def before(version: str) -> bool:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,6 @@ import torch
 
 from steer_compile import SteerSpec
 from steer_compile.vllm.adapters.runners import live_of, warmed
-from tests import _tree
 from tests.vllm import engines
 from tests.vllm.controllers import Script
 from tests.vllm.engines import PROMPT, generated, texts
@@ -197,18 +192,7 @@ def test_ranks_apply_the_same_and_a_planted_divergence_shows(models: Path) -> No
     """Two tensor parallel ranks in processes of their own, against one rank of its own process."""
     path, found = engines.saved("llama", models), {}
     for ranks in (1, 2):
-        if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
-            pytest.skip(f"{ranks} ranks need as many GPUs")
-        env = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks]),
-            "PYTHONPATH": os.pathsep.join([str(_tree.ROOT), os.environ.get("PYTHONPATH", "")]),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.vllm.processes", str(path), str(ranks), "dynamic"]
-        done = subprocess.run(
-            command, cwd=_tree.ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks] = json.loads([line for line in done.stdout.splitlines() if line.startswith("[[")][-1])
+        found[ranks] = engines.told(ranks, ["tests.vllm.processes", str(path), str(ranks), "dynamic"])
     (tokens, ((one,), _)), (tokens_of_two, (alike, apart)) = found[1], found[2]
     assert tokens == tokens_of_two
     assert alike[0] == alike[1] != ""
