@@ -170,9 +170,11 @@ def _among_largest(f: Tensor, numbers: Tensor) -> Tensor:
 def _largest(f: Tensor, top: int) -> Tensor:
     """Indices, then activations (T, 2 top) of the largest features: -1 and 0 where fewer are active."""
     values, index = torch.where(f.isnan(), 0.0, f).sort(dim=-1, descending=True, stable=True)
+    values, index = values[:, :top], index[:, :top]
     missing = max(top - f.size(1), 0)
-    values = torch.nn.functional.pad(values[:, :top], (0, missing))
-    index = torch.nn.functional.pad(index[:, :top], (0, missing))
+    if missing:  # without pad(), which fixes the number of tokens where that is symbolic
+        none = f.new_zeros(f.size(0), missing)
+        values, index = torch.cat([values, none], -1), torch.cat([index, none.to(index.dtype)], -1)
     return torch.cat([torch.where(values > 0, index.to(values.dtype), -1.0), values], -1)
 
 

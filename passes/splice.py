@@ -291,7 +291,8 @@ def _decode(splicer: _Splicer, edit: Edit, value: fx.Node) -> None:
     """Decode the values of opted-in tokens from features, behind all other edits."""
     from steer_compile.kernels.sae_full import SaeFullArgs
 
-    own = {slot.kind.removeprefix("full_"): splicer.buffers.part(slot) for slot in edit.slots}
+    slots = [slot for slot in edit.slots if slot.kind != "full_log"]
+    own = {slot.kind.removeprefix("full_"): splicer.buffers.part(slot) for slot in slots}
     own["log"] = splicer.buffers.bank(edit.slot("full_log")) if "sae_log" in edit.ops else None
     own["row_set"], own["row_clamp"], own["sae_set"] = own.pop("row"), own.pop("clamp"), own.pop("sae")
     own["settings"] = own.pop("set")

@@ -1,7 +1,7 @@
 """Sparse autoencoders: values, files, features of captured rows, and the formulas of steering by features."""
 
 from steer_compile.sae.activation import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from steer_compile.sae.features import FeatureRows, features
+from steer_compile.sae.features import FeatureRows, features, logged
 from steer_compile.sae.files import load, load_all, save
 from steer_compile.sae.model import SAE
 from steer_compile.sae.monitor import feature_monitor
@@ -24,6 +24,7 @@ __all__ = [
     "features",
     "load",
     "load_all",
+    "logged",
     "save",
     "steered_delta",
     "steered_reconstruction",

@@ -77,6 +77,27 @@ def features(
     )
 
 
+def logged(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest features of tokens that a request of vLLM logged and captured.
+
+    Args:
+        values: of a key such as ``layers.3.post_block.features`` (n, 2L) fp32.
+
+    Returns:
+        Indices (n, L) int64, the largest first, -1 where fewer are active; and activations (n, L), 0 there.
+
+    Raises:
+        SAEError: values of another form.
+    """
+    if values.dim() != 2 or values.size(1) % 2 or values.dtype != torch.float32:
+        raise SAEError(
+            f"values of {values.dtype}{list(values.shape)} are no log of features; give those of a key that ends in "
+            ".features, float32 (n, 2L)"
+        )
+    indices, activations = values.chunk(2, 1)
+    return indices.long(), activations.clone()
+
+
 def _values(rows: Rows, sae: SAE, site: SiteKey | str | None) -> Tensor:
     own = sae.site if site is None else site_key(site)
     if own is None or (sae.site is not None and own != sae.site):

@@ -3,7 +3,7 @@
 A request's ``features`` are declarative data::
 
     [{"sae": "bridge", "clamps": [{"feature": 12, "value": 8.0, "kind": "set", "only_if_active": false}],
-      "mode": "delta", "phase": "both"}]
+      "mode": "delta", "phase": "both", "log": false}]
 
 with the fields of `FeatureClamp` and `SAESteering`.
 """
@@ -28,6 +28,7 @@ MOST = 16
 """Most autoencoders that one request names."""
 MOST_CLAMPS = 1024
 """Most clamps of each."""
+_ASKED = {field.name for field in fields(SAESteering)}
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,14 @@ def features_of(given: object) -> list[SAESteering]:
         raise SpecError(f"features is {given!r:.80}; give a list of {MOST} autoencoders at most")
     found = []
     for item in given:
-        if not isinstance(item, Mapping) or "sae" not in item or set(item) - {"sae", "clamps", "mode", "phase"}:
-            raise SpecError(f"features has {item!r:.80}; give an object with sae, clamps, mode and phase")
+        if not isinstance(item, Mapping) or "sae" not in item or set(item) - _ASKED:
+            raise SpecError(f"features has {item!r:.80}; give an object with sae, clamps, mode, phase and log")
         clamps = item.get("clamps", [])
         if not isinstance(clamps, list) or len(clamps) > MOST_CLAMPS:
             raise SpecError(f"features of {item['sae']!r:.80}: clamps is no list of {MOST_CLAMPS} at most; give one")
         made = tuple(_clamp(str(item["sae"]), clamp) for clamp in clamps)
-        found.append(SAESteering(item["sae"], made, item.get("mode", "delta"), item.get("phase", "both")))
+        more = {key: item[key] for key in ("mode", "phase", "log") if key in item}
+        found.append(SAESteering(item["sae"], made, **more))
     return found
 
 

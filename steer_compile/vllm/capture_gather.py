@@ -12,12 +12,13 @@ from torch import Tensor
 from steer_compile.capture.reduce import Reduction
 from steer_compile.runtime.tables import TableSet
 from steer_compile.runtime.vectors import SiteKey
+from steer_compile.vllm.logged import captured_as
 
 Sites = tuple[SiteKey, ...]
 
 
 class Gather:
-    """Rows of the sites that this process captures.
+    """Rows of the sites that this process captures, and logged features of sites.
 
     Attributes:
         device: where the tables are.
@@ -25,7 +26,7 @@ class Gather:
 
     def __init__(self, tables: TableSet) -> None:
         pairs = zip(tables.banks, tables.tensors, strict=True)
-        self._banks = {bank.sites[0]: tensor[0] for bank, tensor in pairs if bank.kind == "capture"}
+        self._banks = {key: tensor[0] for bank, tensor in pairs if (key := captured_as(bank)) is not None}
         self._directions: WeakKeyDictionary[Reduction, dict[Sites, Tensor]] = WeakKeyDictionary()
         self.device = next((t.device for t in self._banks.values()), torch.device("cpu"))
 

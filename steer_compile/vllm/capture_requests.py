@@ -1,6 +1,7 @@
 """What a request may ask to be captured, and how that crosses to the engine.
 
-{"sites": {"post_block": [3, 5]},        or names such as "layers.3.post_block"; all sites where left out
+{"sites": {"post_block": [3, 5]},        or names such as "layers.3.post_block", and "layers.3.post_block.features"
+                                         for logged features; all sites, and all that is logged, where left out
  "tokens": {"spans": [[0, 5]], "last_prompt": true, "generated": true,
             "every": 4, "positions": [7, 90],
             "top": {"count": 5, "site": "layers.3.post_block", "probe": [...]}},
@@ -24,6 +25,7 @@ from steer_compile.capture.reduce import MOST_DIRECTIONS, Reduction
 from steer_compile.capture.selection import Selection, Top
 from steer_compile.errors import SpecError
 from steer_compile.runtime.vectors import SiteKey, TokenSelection, site_key
+from steer_compile.vllm.logged import capture_key
 from steer_compile.vllm.requests import object_of, tokens_of, vector_of
 
 MOST_POSITIONS = 4096
@@ -149,9 +151,9 @@ def _sites(given: object) -> tuple[SiteKey, ...] | None:
         pairs = [(hook, layers) for hook, layers in given.items()]
         if not all(isinstance(layers, list) for _, layers in pairs):
             raise SpecError(f"capture has sites={given!r}; give {{hook: [layers]}}, names such as layers.3.post_block")
-        found = [site_key((hook, layer)) for hook, layers in pairs for layer in layers]
+        found = [capture_key((hook, layer)) for hook, layers in pairs for layer in layers]
     elif isinstance(given, list):
-        found = [site_key(name) for name in given]
+        found = [capture_key(name) for name in given]
     else:
         raise SpecError(f"capture has sites={given!r}; give {{hook: [layers]}}, names such as layers.3.post_block")
     if not found:

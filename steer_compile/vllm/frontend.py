@@ -18,6 +18,7 @@ from steer_compile.runtime.steering import Steering
 from steer_compile.runtime.vectors import PHASES, SiteKey, VectorSet
 from steer_compile.vllm.capture_files import file_at, file_name
 from steer_compile.vllm.capture_requests import CaptureAsked, CaptureRequest
+from steer_compile.vllm.logged import Logs, captured_as, is_log, key_text
 from steer_compile.vllm.model import Shape, expected_banks
 from steer_compile.vllm.offered_saes import OfferedSAEs
 from steer_compile.vllm.request_gates import gated
@@ -87,7 +88,7 @@ class FrontEnd:
         self._registry = Registry(settings.spec)
         self._registry.reserve(expected_banks(settings.spec, shape), torch.device("meta"))
         banks = self._registry.tables.banks
-        self._captured = {site: bank.width for bank in banks if bank.kind == "capture" for site in bank.sites}
+        self._captured = {key: bank.width for bank in banks if (key := captured_as(bank)) is not None}
         self.everyone: Everyone = {"prefill": Contents(), "decode": Contents()}
         self.saes = OfferedSAEs(self._registry)
         self.saes.start(settings.saes)
@@ -118,9 +119,11 @@ class FrontEnd:
         data = {**sent(made, steering.tokens), **more}
         if more.get("gates") or more.get("conversation"):
             digests[OVERRIDE] = "1"
+        logs = Logs.of(made, steering.tokens)
         if asked is None:
+            logs.check_kept(())
             return Checked(data, digests, saes=saes)
-        capture = self._capture(CaptureAsked.of(asked))
+        capture = self._capture(CaptureAsked.of(asked), logs)
         data["capture"] = capture.to_data()
         file = "" if capture.to else str(file_at(self.settings.capture_dir, capture.name))
         reference = {"name": capture.name, "to": capture.to, "file": file, "stages": self.stages}
@@ -136,7 +139,7 @@ class FrontEnd:
             contents.features.check_room(int(_SHARE * self.settings.spec.features))
         return made
 
-    def _capture(self, asked: CaptureAsked) -> CaptureRequest:
+    def _capture(self, asked: CaptureAsked, logs: Logs) -> CaptureRequest:
         names = [spec.name for spec in self.settings.consumers]
         if asked.to and asked.to not in names:
             raise UnknownName(f"no consumer {asked.to!r:.80}; this engine has {', '.join(names) or 'none'}")
@@ -145,15 +148,9 @@ class FrontEnd:
                 "the request captures, and this engine has no folder for captured rows; give capture_dir in "
                 f"additional_config, or name a consumer in to ({', '.join(names) or 'there is none'})"
             )
-        sites = tuple(self._captured) if asked.sites is None else asked.sites
-        absent = [f"layers.{layer}.{hook}" for hook, layer in sites if (hook, layer) not in self._captured]
-        if absent or not sites:
-            have = ", ".join(f"layers.{layer}.{hook}" for hook, layer in tuple(self._captured)[:6])
-            more = f" and {len(self._captured) - 6} more" if len(self._captured) > 6 else ""
-            raise SiteNotFound(
-                f"{absent[0] if absent else 'nothing'} is not captured by this engine; it captures {have or 'nothing'}"
-                f"{more}; name its sites in the spec's capture"
-            )
+        sites = logs.everything(self._captured) if asked.sites is None else asked.sites
+        self._check_captured(sites)
+        logs.check(sites, asked.tokens, asked.keep)
         widths = {site: self._captured[site] for site in sites}
         asked.keep.check(widths)
         if asked.tokens.top is not None:
@@ -165,6 +162,18 @@ class FrontEnd:
                 "or leave speculative_config out"
             )
         return CaptureRequest(file_name(asked.name), sites, asked.tokens, asked.keep, asked.to, asked.tag)
+
+    def _check_captured(self, sites: tuple[SiteKey, ...]) -> None:
+        absent = [site for site in sites if site not in self._captured]
+        if absent or not sites:
+            have = ", ".join(key_text(site) for site in tuple(self._captured)[:6])
+            more = f" and {len(self._captured) - 6} more" if len(self._captured) > 6 else ""
+            log = bool(absent) and is_log(absent[0])
+            cure = "give its site the op family sae_log" if log else "name its sites in the spec's capture"
+            raise SiteNotFound(
+                f"{key_text(absent[0]) if absent else 'nothing'} is not captured by this engine; it captures "
+                f"{have or 'nothing'}{more}; {cure}"
+            )
 
     def _check_top(self, top: Top, widths: Mapping[SiteKey, int]) -> None:
         if self.stages > 1:
@@ -227,13 +236,20 @@ class FrontEnd:
         """What every request is to get.
 
         Raises:
-            SpecError: more than vectors. VectorError, SiteNotFound, UnknownName: what the engine cannot do.
+            SpecError: more than vectors and features, or a log. VectorError, SiteNotFound, UnknownName: what the engine
+                cannot do.
         """
         steering = parse(given)
         if steering.tokens is not None or steering.monitors or steering.clamps:
             raise SpecError("global steering has vectors and features only; leave out tokens, monitors and clamps")
         self.saes.numbers(steering.features)
-        return self._made(steering, {})
+        made = self._made(steering, {})
+        if Logs.of(made).phases:
+            raise SpecError(
+                "global steering logs features, which only a request can capture; leave mode 'log' and log out, and "
+                "give them to requests"
+            )
+        return made
 
     def status(self) -> dict[str, Any]:
         """The spec, the model's stream, named vectors, autoencoders and global steering."""

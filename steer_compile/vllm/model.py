@@ -170,13 +170,13 @@ def _check_end(plan: Plan, end: str) -> None:
 
 def _parts(tables: TableSet) -> dict[str, Tensor]:
     """Tables by the names that the splice gives them: a tensor for each site, so that layers differ in their inputs
-    alone; a capture's bank has one site. Each is the same memory as its part of the bank, as a storage of its own: the
-    place in a storage is part of a compiled piece's key."""
+    alone; the bank of a capture or a log has one site. Each is the same memory as its part of the bank, as a storage of
+    its own: the place in a storage is part of a compiled piece's key."""
     found: dict[str, Tensor] = {}
     for i, (bank, tensor) in enumerate(zip(tables.banks, tables.tensors, strict=True)):
-        if bank.kind in ("capture", "score"):
+        if bank.kind in ("capture", "score", "full_log"):
             found[bank_name(i)] = tensor
-        if bank.kind != "capture":
+        if bank.kind not in ("capture", "full_log"):
             found |= {slot_name(i, k): from_dlpack(tensor[k]) for k in range(len(bank.sites))}
     remembers = any(bank.kind == "state" for bank in tables.banks)
     return found | tables.named((ROWS, SCALE, GAIN, DECODE, *(SLOT,) * remembers))

@@ -40,7 +40,8 @@ class Settings:
         vector_root: folder whose vector files and autoencoders an operator may name by path while the engine runs; ""
             for none.
         capture_dir: folder for captured rows, on the machine of the engine; needed where the spec captures, unless
-            controllers or gates of requests look at what it captures.
+            consumers take them, or controllers or gates of requests look at what it captures. Logged features need it
+            or consumers.
         capture_bytes: most bytes of captured rows in memory; of what comes beyond them rows are dropped.
         consumers: where captured rows go beside files, by the names that requests give.
         controllers: controllers of dynamic steering, run on every rank.
@@ -92,26 +93,41 @@ class Settings:
         _check_reach(spec, bool(controllers))
         folders = {name: _folder(name, given.get(name, "")) for name in ("vector_root", "capture_dir")}
         consumers = consumer_specs(given.get("consumers", {}))
-        looked_at = bool(spec.overrides or controllers or consumers)
-        if bool(spec.capture) != bool(folders["capture_dir"]) and not (spec.capture and looked_at):
-            raise SpecError(
-                "captures of vLLM's requests go to files or consumers, and the spec has "
-                + (
-                    "no capture_dir and no consumers; name a folder"
-                    if spec.capture
-                    else "a capture_dir and captures nothing; name hooks"
-                )
-            )
+        _check_captures(spec, folders["capture_dir"], bool(consumers), bool(controllers))
         most = given.get("capture_bytes", CAPTURE_BYTES)
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise SpecError(f"capture_bytes={most!r} is no number of bytes; give a whole number above 0")
-        if consumers and not spec.capture:
-            raise SpecError(
-                f"the spec has the consumer {consumers[0].name!r} and captures nothing; name hooks in capture"
-            )
         files = _files(given.get("vectors", {}))
         saes = _saes(given.get("autoencoders", {}), spec, folders["vector_root"])
         return cls(spec, files, **folders, capture_bytes=most, consumers=consumers, controllers=controllers, saes=saes)
+
+
+def captures(spec: SteerSpec) -> bool:
+    """Whether requests have anything to capture: values of hooks, or logged features."""
+    return bool(spec.capture) or _logs(spec)
+
+
+def _logs(spec: SteerSpec) -> bool:
+    return any("sae_log" in selection.ops for selection in spec.steer)
+
+
+def _check_captures(spec: SteerSpec, folder: str, consumers: bool, controllers: bool) -> None:
+    """Raise `SpecError` where captures have no way out, or there is one for nothing. Values of hooks may be there for
+    controllers and gates alone; logged features are for requests."""
+    if not captures(spec):
+        if folder or consumers:
+            what = "a capture_dir" if folder else "consumers"
+            raise SpecError(
+                f"captures of vLLM's requests go to files or consumers, and the spec has {what} and captures nothing; "
+                "name hooks in capture"
+            )
+        return
+    looked_at = consumers or (bool(spec.overrides or controllers) and not _logs(spec))
+    if not (folder or looked_at):
+        raise SpecError(
+            "captures of vLLM's requests go to files or consumers, and the spec has no capture_dir and no consumers; "
+            "name a folder"
+        )
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,10 +164,10 @@ def _check_reach(spec: SteerSpec, controllers: bool) -> None:
 def _saes(given: object, spec: SteerSpec, root: str) -> tuple[SAESpec, ...]:
     """The engine's autoencoders, and that the spec can do what they need; with a root they may all come later."""
     families = {op for selection in spec.steer for op in selection.ops}
-    if "sae_log" in families:
+    if "sae_log" in families and spec.overrides:
         raise SpecError(
-            "the spec has the op family 'sae_log', and nothing of vLLM's reads it; leave it out, or capture rows and "
-            "encode them (steer_compile.sae.features)"
+            f"the spec has the op family 'sae_log' and overrides={spec.overrides}, and tokens that read an override's "
+            "row are not logged; leave one of them out, or capture rows and encode them (steer_compile.sae.features)"
         )
     if "sae_full" in families and spec.sae_tokens < spec.max_tokens:
         raise SpecError(
@@ -204,7 +220,8 @@ def engine_args(
         vectors: named vector sets for requests: name to safetensors file.
         vector_root: folder whose vector files and autoencoders an operator may name by path while the engine runs.
             Needed where the spec has ``sae`` or ``sae_full`` and ``saes`` names none.
-        capture_dir: folder for captured rows; needed where the spec captures and nothing but requests reads that.
+        capture_dir: folder for captured rows; needed where the spec captures, or logs features, and nothing but
+            requests reads that.
         controllers: controllers of dynamic steering: name to ``{"class": "module:Class", "args": {...}}``, of which
             every process of the engine makes one. Code of the operator's; requests cannot name any.
         consumers: where captured rows of requests may go beside files: name to ``{"consumer": "parquet", "options":

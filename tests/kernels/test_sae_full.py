@@ -279,6 +279,18 @@ def test_the_op_is_the_reference_on_a_cpu_and_compiles() -> None:
     torch.library.opcheck(op, tuple(a), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
+def test_a_log_with_room_for_more_than_all_features() -> None:
+    a = packed([tiny(TopK(4)), tiny(ReLU(), seed=9)], torch.arange(6))
+    wide = a._replace(log=torch.full((1, 6, 2 * (ROOM + 5)), torch.nan, device=DEVICE))
+    (_, log), (_, found) = reference(a), reference(wide)
+    assert log is not None
+    assert found is not None
+    logged = ROWS[:, 2] > 0
+    for part, few, none in zip(found[logged].chunk(2, -1), log[logged].chunk(2, -1), (-1, 0), strict=True):
+        assert torch.equal(part[:, :TOP], few)
+        assert bool((part[:, ROOM:] == none).all())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     a = packed([tiny(ReLU()), tiny(ReLU(), seed=9)], torch.arange(6))
     with pytest.raises(LoweringError, match=r"decoder of the full SAE op is .*; it takes torch.float32\[96, 24\]"):

@@ -7,7 +7,7 @@ import torch
 
 from steer_compile.capture.rows import Rows
 from steer_compile.errors import SAEError, SiteNotFound
-from steer_compile.sae import SAE, BatchTopK, ReLU, TopK, features
+from steer_compile.sae import SAE, BatchTopK, ReLU, TopK, features, logged
 from tests.sae import _weights
 from tests.sae._weights import WIDTH
 
@@ -81,3 +81,13 @@ def test_refusals() -> None:
         features(_rows(), sae, top=2, batch=0)
     with pytest.raises(SAEError, match="depend on the batch"):
         features(_rows(), _weights.sae(BatchTopK(2)), top=2)
+
+
+def test_a_log_has_indices_then_activations() -> None:
+    values = torch.tensor([[7.0, 2.0, 1.5, 0.5], [16777215.0, -1.0, 3.0, 0.0]])
+    indices, activations = logged(values)
+    assert indices.tolist() == [[7, 2], [16777215, -1]]
+    assert activations.tolist() == [[1.5, 0.5], [3.0, 0.0]]
+    for other in (values[0], values[:, :3], values.double()):
+        with pytest.raises(SAEError, match=r"are no log of features; give those of a key that ends in \.features"):
+            logged(other)

@@ -6,7 +6,7 @@ from vllm.config import CompilationMode, VllmConfig
 
 from steer_compile.errors import LoweringError
 from steer_compile.spec import SteerSpec
-from steer_compile.vllm.settings import Settings
+from steer_compile.vllm.settings import Settings, captures
 
 
 def check(config: VllmConfig, settings: Settings) -> None:
@@ -57,7 +57,7 @@ def _options(config: VllmConfig, spec: SteerSpec) -> tuple[tuple[bool, str], ...
             "requests; leave kv_transfer_config out",
         ),
         (
-            drafts is not None and bool(spec.capture) and bool(config.scheduler_config.async_scheduling),
+            drafts is not None and captures(spec) and bool(config.scheduler_config.async_scheduling),
             "which drafts are taken is not known on the host while the scheduler is a step ahead, so captured tokens "
             "could not be chosen; set async_scheduling=False, or leave speculative_config or the spec's capture out",
         ),

@@ -26,7 +26,7 @@ from steer_compile.vllm.operator_code import loaded
 from steer_compile.vllm.requests import KEY as REQUEST_KEY
 from steer_compile.vllm.rows import Numbers, RequestRows
 from steer_compile.vllm.sae_changes import SAEChanges
-from steer_compile.vllm.settings import KEY, Settings
+from steer_compile.vllm.settings import KEY, Settings, captures
 from steer_compile.vllm.site_data import Former
 
 
@@ -191,7 +191,7 @@ def _consumers(settings: Settings, model: str) -> Consumers | None:
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
     kept = settings.capture_dir or settings.consumers
-    if not (settings.spec.capture and kept and get_tensor_model_parallel_rank() == 0):
+    if not (captures(settings.spec) and kept and get_tensor_model_parallel_rank() == 0):
         return None
     stages = get_pp_group()
     stage = stages.rank_in_group if stages.world_size > 1 else None
