@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# vLLM on a GPU: scripts/gpu_vllm.sh OUT COMMIT [tests|conditions|steps ...]      (default: both)
+# vLLM on a GPU: scripts/gpu_vllm.sh OUT COMMIT [tests|conditions|steps ...]      (default: tests steps)
 #
 #   tests        tests/vllm against both model runners
 #   conditions   features of autoencoders, gates, controllers, captures and the operator's own steering

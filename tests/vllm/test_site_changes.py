@@ -59,6 +59,36 @@ def test_a_change_that_fails_is_taken_back() -> None:
     assert [(method, number - first) for method, number in calls] == wanted
 
 
+@pytest.mark.parametrize("verb", ["set_global", "set_sites"])
+def test_a_caller_that_goes_leaves_workers_and_front_end_alike(verb: str) -> None:
+    """Cancelled while the workers change: global steering is noted, and a change that fails is taken back."""
+    made, calls = engine([[None]] if verb == "set_global" else [FAILED, [None]])
+    inner, going = made.client.collective_rpc, list[asyncio.Task[Any]]()
+
+    async def slow(method: str, args: tuple[Any, ...] = ()) -> Any:
+        if not calls:
+            going[0].cancel()
+            await asyncio.sleep(0.05)
+        return await inner(method, args)
+
+    async def reset_prefix_cache(reset_running_requests: bool) -> bool:
+        return reset_running_requests
+
+    async def interrupted() -> None:
+        given = {"base": {"post_block": {"1": [1.0] * 8}}}
+        going.append(asyncio.ensure_future(made.set_global(given) if verb == "set_global" else made.set_sites(TIER)))
+        with pytest.raises(asyncio.CancelledError):
+            await going[0]
+
+    made.client.collective_rpc, made.client.reset_prefix_cache = slow, reset_prefix_cache
+    asyncio.run(interrupted())
+    if verb == "set_global":
+        assert [method for method, *_ in calls] == ["set_everyone"]
+        assert made.front.everyone["decode"]
+    else:
+        assert [method for method, _ in calls] == ["set_sites", "restore_sites"]
+
+
 @pytest.mark.behaviour(80)
 def test_a_change_that_cannot_be_reaches_no_worker() -> None:
     made, calls = engine([])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from steer_compile.dynamic.codec import text_of
 from steer_compile.errors import NotSteered, SAEError, SpecError, SteerError
@@ -14,10 +14,9 @@ from steer_compile.vllm.adapters.workers import ATTACH_SAE, DETACH_SAE, KEEP_SAE
 from steer_compile.vllm.autoencoders import SAESpec, sae_specs
 from steer_compile.vllm.offered_saes import Held, offered
 from steer_compile.vllm.server import engine as engines
-from steer_compile.vllm.server.engine import Engine, Unavailable, returned
+from steer_compile.vllm.server.engine import Engine, Unavailable, returned, to_its_end
 from steer_compile.vllm.server.files import autoencoder_under
 
-_T = TypeVar("_T")
 NO_ROOT = "this engine reads no paths; set vector_root in additional_config, the folder that autoencoders lie under"
 
 
@@ -25,6 +24,7 @@ class Torn(Unavailable):
     """Some workers have a change that others lack, and it could not be taken back."""
 
 
+@to_its_end
 async def attach(engine: Engine, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Load an autoencoder while requests run; returns its line of the list.
 
@@ -41,10 +41,6 @@ async def attach(engine: Engine, name: str, given: Mapping[str, Any]) -> dict[st
     """
     text_of("the name of an autoencoder", name)
     _check_replicas(engine)
-    return await _to_its_end(_attach(engine, name, given))
-
-
-async def _attach(engine: Engine, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     async with engine.lock:
         saes = engine.front.saes
         saes.check_free(name)
@@ -60,6 +56,7 @@ async def _attach(engine: Engine, name: str, given: Mapping[str, Any]) -> dict[s
         return next(line for line in saes.listed() if line["name"] == name)
 
 
+@to_its_end
 async def detach(engine: Engine, name: str) -> None:
     """Give an autoencoder's room back. From the first moment on requests that name it are refused.
 
@@ -68,20 +65,6 @@ async def detach(engine: Engine, name: str) -> None:
             engine sleeps, or a worker failed. It stays attached then.
     """
     _check_replicas(engine)
-    await _to_its_end(_detach(engine, name))
-
-
-async def _to_its_end(change: Coroutine[Any, Any, _T]) -> _T:
-    """A change that is made as a whole also where its caller is cancelled, as by an interrupt."""
-    task = asyncio.ensure_future(change)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait((task,))
-        raise
-
-
-async def _detach(engine: Engine, name: str) -> None:
     async with engine.lock:
         saes = engine.front.saes
         held = saes.get(name)

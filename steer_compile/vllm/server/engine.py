@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
 from itertools import count
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 from steer_compile.errors import NotSteered, UnknownName
 from steer_compile.vllm.adapters.intake import front_end_of
@@ -28,6 +29,8 @@ PAUSE = 0.05
 """Seconds between attempts to empty the prefix cache, and between looks for rows that become free."""
 
 
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
 change_numbers = count(1)
 """Numbers of changes, of all engines of this process: by its own a change is taken back in workers, and no other is."""
 ALIKE = ("step", "checksum", "applied", "overrides", "tier", "monitors")
@@ -40,6 +43,22 @@ class Diverged(NotSteered):
 
 class Unavailable(NotSteered):
     """The engine took no change: it sleeps, blocks of its prefix cache are in use, or a part of it failed."""
+
+
+def to_its_end(change: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """A change that is made as a whole also where its caller is cancelled, as by an interrupt: workers and front end
+    would differ. A second cancel ends it where it is, as its workers may never answer."""
+
+    @functools.wraps(change)
+    async def made(*args: _P.args, **named: _P.kwargs) -> _T:
+        task = asyncio.ensure_future(change(*args, **named))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait((task,))
+            raise
+
+    return made
 
 
 class Engine:
@@ -78,6 +97,7 @@ class Engine:
         workers = await self.client.collective_rpc(STATE)
         return {**self.front.status(), "workers": workers}
 
+    @to_its_end
     async def set_global(self, given: dict[str, Any]) -> dict[str, str]:
         """Change what every request gets; returns digests by phase.
 
@@ -127,6 +147,7 @@ class Engine:
 
     # -- dynamic steering -----------------------------------------------------------------------------------------
 
+    @to_its_end
     async def set_sites(self, given: dict[str, Any]) -> None:
         """Change the dynamic tier or a site's monitor, between two steps; running requests go on under it.
 
